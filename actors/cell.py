@@ -1,0 +1,380 @@
+"""Composition root of one cell: placement, boot order, supervision, shutdown.
+
+    who            waits for        at boot                 when it dies
+    engine         the model        loads, writes layout    the whole cell restarts
+    trainer        layout           attaches, recovers      the whole cell restarts
+    checkpoint     layout, trainer  maps read-only          the whole cell restarts
+    dream          engine, trainer  idle                    the whole cell restarts
+    this           nobody           holds the locks         Ray restarts it, the cell restarts
+
+The weights live in the engine process's shared memory, half a step may be in them when any process
+dies, and the ledger knows which steps the public directory holds. So there is one recovery for
+everything: end all four, and boot again from the public directory.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors import run_dir
+from actors.checkpoint import Checkpointer
+from actors.dream import Dreamer
+from actors.engine import Engine
+from actors.errors import BootFailed, ReverieError
+from actors.messages import CellPaths, CellReport, CellState, Stage
+from actors.settings import Settings
+from actors.trainer import Trainer
+from actors.versions import VersionCounter
+
+NAMESPACE: Final = "reverie"
+CELL: Final = "cell"
+ROLES: Final = ("engine", "trainer", "checkpoint", "dream")
+PLACEMENT_TIMEOUT_S: Final = 60
+ADOPT_TIMEOUT_S: Final = 3600
+CHILD_EXIT_TIMEOUT_S: Final = 15
+RESTART_PAUSE_S: Final = 0.5
+CONTROL_THREADS: Final = 4
+"""Control calls that an actor answers at once, beside its work."""
+ENGINE_STAGES: Final = ("weights", "layout", "engine")
+
+T = TypeVar("T")
+
+
+def connect(settings: Settings) -> Any:
+    """The handle of the one cell of this Ray cluster, which is started if there is none."""
+    cell = ray.remote(Cell)
+    return cell.options(
+        name=CELL,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+    ).remote(settings)
+
+
+class Cell:
+    """Boots the four actors, watches them, and boots them again when one dies."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._state: CellState = "starting"
+        self._reason: str | None = None
+        self._stages: list[Stage] = []
+        self._restarts: deque[float] = deque()
+        self._num_restarts = 0
+        self._boot_number = 0
+        self._paths: CellPaths | None = None
+        self._actors: dict[str, Any] = {}
+        self._reports: dict[str, Any] = {}
+        self._group: PlacementGroup | None = None
+        self._locks: list[int] = []
+        self._run: asyncio.Task[None] | None = None
+
+    @ray.method
+    async def start(self) -> None:
+        """Begin to boot, in the background; a second call changes nothing."""
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._run is None:
+            self._run = asyncio.create_task(self._supervise())
+
+    @ray.method
+    async def report(self) -> CellReport:
+        """State, stages and the last known reports of the four actors."""
+        self._begin()
+        return CellReport(
+            state=self._state,
+            reason=self._reason,
+            paths=self._paths,
+            stages=tuple(self._stages),
+            restarts=self._num_restarts,
+            boot=self._boot_number,
+            **{role: self._reports.get(role) for role in ROLES},
+        )
+
+    @ray.method
+    async def stop(self) -> str:
+        """Stop in order: no further steps, a last checkpoint, the engine, everything else.
+
+        Returns what became of the checkpoint, in words.
+        """
+        was_ready = self._state == "ready"
+        self._state, self._reason = "stopping", "the cell is stopping"
+        if self._run is not None:
+            self._run.cancel()
+            await asyncio.wait([self._run], timeout=5)
+        note = "nothing to save"
+        if was_ready:
+            note = await self._save()
+            await self._ended(self._actors["engine"].stop.remote(), 20)
+        await self._tear_down()
+        for lock in self._locks:
+            os.close(lock)
+        self._locks.clear()
+        return note
+
+    async def _save(self) -> str:
+        cell = self._settings.cell
+        try:
+            await within(
+                self._actors["trainer"].pause.remote(), self._settings.trainer.step_timeout_s
+            )
+            saved = await within(
+                self._actors["checkpoint"].commit.remote(), cell.checkpoint_timeout_s
+            )
+            return f"generation {saved.generation} at version {saved.weights_version}"
+        except Exception as error:
+            return f"no checkpoint: {in_words(error)}; the ledger will queue again what is missing"
+
+    # Supervision.
+
+    async def _supervise(self) -> None:
+        while True:
+            self._boot_number += 1
+            try:
+                await self._boot()
+                self._state, self._reason = "ready", None
+                why = await self._watch()
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                why = in_words(error)
+            self._state, self._reason = "recovering", why
+            await self._tear_down()
+            if not self._may_restart():
+                self._state = "failed"
+                self._reason = f"{why} (gave up after {len(self._restarts) - 1} restarts)"
+                return
+            await asyncio.sleep(RESTART_PAUSE_S)
+
+    def _may_restart(self) -> bool:
+        cell, now = self._settings.cell, time.monotonic()
+        self._restarts.append(now)
+        self._num_restarts += 1
+        while self._restarts and now - self._restarts[0] > cell.restart_window_s:
+            self._restarts.popleft()
+        has_never_run = self._num_restarts == 1 and not self._reports
+        return len(self._restarts) <= cell.max_restarts and not has_never_run
+
+    async def _watch(self) -> str:
+        """Wait until something is wrong with one of the four; returns what."""
+        watchers = [asyncio.create_task(self._watch_one(role)) for role in ROLES]
+        try:
+            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+
+    async def _watch_one(self, role: str) -> str:
+        cell = self._settings.cell
+        while True:
+            try:
+                report = await within(self._actors[role].report.remote(), cell.hang_timeout_s)
+            except Exception as error:
+                return f"the {role} actor died or hangs: {in_words(error)}"
+            self._reports[role] = report
+            reason = getattr(report, "reason", None)
+            if reason is not None:
+                return f"{role}: {reason}"
+            await asyncio.sleep(cell.check_interval_s)
+
+    # Boot, in order.
+
+    async def _boot(self) -> None:
+        self._stages = []
+        adopted = await self._stage("model", self._adopt())
+        state = self._settings.home / "state" / adopted.name
+        state.mkdir(parents=True, exist_ok=True)
+        if not self._locks:
+            self._locks = [run_dir.lock(state / "lock", adopted.name)]
+        self._paths = CellPaths(
+            str(adopted.directory), run_dir.create(), str(state / "ledger.sqlite")
+        )
+        VersionCounter.create(self._paths.versions)
+        self._group = await self._place()
+        self._create_actors(self._paths)
+        self._reports["engine"] = await self._start_engine(self._paths)
+        self._reports["trainer"] = await self._stage(
+            "trainer", self._start("trainer", self._settings.trainer.attach_timeout_s)
+        )
+        self._reports["checkpoint"] = await self._start("checkpoint", 60)
+        self._reports["dream"] = await within(self._actors["dream"].report.remote(), 60)
+        self._stages.append(Stage("ready", 0.0, True))
+
+    async def _stage(self, name: str, work: Awaitable[T]) -> T:
+        begun = time.monotonic()
+        self._stages.append(Stage(name, 0.0, False))
+        try:
+            return await work
+        except Exception as error:
+            raise BootFailed(f"{name}: {in_words(error)}") from None
+        finally:
+            self._stages[-1] = Stage(name, round(time.monotonic() - begun, 1), True)
+
+    async def _adopt(self) -> Any:
+        settings = self._settings
+
+        @ray.remote(num_cpus=0, max_retries=0)
+        def adopt_model(model: str, home: Path, dtype: str | None) -> Any:
+            from apollo.weights.adopt import adopt
+
+            return adopt(model, home, dtype, lambda note: None)
+
+        dtype = settings.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if self._has_gpu() else "float32"
+        return await within(
+            adopt_model.remote(settings.model, settings.home, dtype), ADOPT_TIMEOUT_S
+        )
+
+    def _has_gpu(self) -> bool:
+        device = self._settings.device
+        return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+
+    async def _place(self) -> PlacementGroup:
+        bundle = {"CPU": 1.0, **({"GPU": 1.0} if self._has_gpu() else {})}
+        group: PlacementGroup = placement_group(
+            [bundle], strategy="STRICT_PACK", name=f"cell-{self._boot_number}"
+        )
+        try:
+            await within(group.ready(), PLACEMENT_TIMEOUT_S)
+        except TimeoutError:
+            remove_placement_group(group)
+            raise BootFailed(
+                f"Ray has no free {bundle} for the cell; stop what else runs on this cluster"
+            ) from None
+        return group
+
+    def _create_actors(self, paths: CellPaths) -> None:
+        assert self._group is not None
+        shared: dict[str, Any] = {
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": 0.25,
+            "num_gpus": 0.25 if self._has_gpu() else 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, 0),
+        }
+        remote: Any = ray.remote  # Its stubs do not know this argument.
+        with_control = remote(concurrency_groups={"control": CONTROL_THREADS})
+        both = (self._settings, paths)
+        trainer = with_control(Trainer).options(name="trainer", **shared).remote(*both)
+        self._actors = {
+            "engine": ray.remote(Engine).options(name="engine", **shared).remote(*both),
+            "trainer": trainer,
+            "checkpoint": with_control(Checkpointer)
+            .options(name="checkpoint", **shared)
+            .remote(*both, trainer),
+            "dream": ray.remote(Dreamer).options(name="dream", **shared).remote(),
+        }
+
+    async def _start(self, role: str, timeout_s: float) -> Any:
+        return await within(self._actors[role].start.remote(), timeout_s)
+
+    async def _start_engine(self, paths: CellPaths) -> Any:
+        """Start vLLM; its loader appends a line to the progress file as it enters a stage."""
+        timeout_s = self._settings.engine.boot_timeout_s
+        starting = asyncio.ensure_future(self._start("engine", timeout_s))
+        begun = time.monotonic()
+        self._stages.append(Stage("weights", 0.0, False))
+        try:
+            while not starting.done():
+                await asyncio.wait([starting], timeout=0.1)
+                begun = self._advance(_newest_stage(paths), begun)
+            self._advance(ENGINE_STAGES[-1], begun)
+            return starting.result()
+        except Exception as error:
+            raise BootFailed(f"{self._stages[-1].name}: {in_words(error)}") from None
+        finally:
+            self._stages[-1] = Stage(
+                self._stages[-1].name, round(time.monotonic() - begun, 1), True
+            )
+
+    def _advance(self, reached: str, begun: float) -> float:
+        """Close the stages before `reached`; returns when the open one began."""
+        while self._stages[-1].name != reached:
+            now = time.monotonic()
+            done = self._stages[-1].name
+            self._stages[-1] = Stage(done, round(now - begun, 1), True)
+            following = ENGINE_STAGES[ENGINE_STAGES.index(done) + 1]
+            self._stages.append(Stage(following, 0.0, False))
+            begun = now
+        return begun
+
+    # Shutdown, in any state.
+
+    async def _tear_down(self) -> None:
+        """End the four actors and vLLM's processes, by id, and free the shared memory."""
+        engine = self._reports.get("engine")
+        children = _alive(engine.child_pids) if engine is not None else []
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+        self._actors = {}
+        if children:
+            _, stubborn = await asyncio.to_thread(psutil.wait_procs, children, CHILD_EXIT_TIMEOUT_S)
+            for process in stubborn:
+                process.send_signal(signal.SIGKILL)
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._paths is not None:
+            run_dir.remove(Path(self._paths.run_dir))
+            self._paths = None
+
+    async def _ended(self, call: Any, timeout_s: float) -> None:
+        try:
+            await within(call, timeout_s)
+        except Exception:
+            return  # It is killed next, whatever it answered.
+
+
+async def within(call: Any, timeout_s: float) -> Any:
+    """The result of a remote call, or TimeoutError: no call is without a limit."""
+
+    async def result() -> Any:
+        return await call
+
+    try:
+        return await asyncio.wait_for(result(), timeout_s)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+
+
+def in_words(error: BaseException) -> str:
+    """The cause of a failure in one line, without Ray's wrapping."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    is_ours = isinstance(cause, ReverieError) or type(cause).__module__.startswith("apollo.")
+    if is_ours and lines:
+        return lines[0]
+    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
+
+
+def _newest_stage(paths: CellPaths) -> str:
+    """The stage that vLLM's loader entered last."""
+    try:
+        return Path(paths.progress).read_text().split()[-1]
+    except (FileNotFoundError, IndexError):
+        return ENGINE_STAGES[0]
+
+
+def _alive(pids: tuple[int, ...]) -> list[psutil.Process]:
+    processes = []
+    for pid in pids:
+        try:
+            processes.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    return processes

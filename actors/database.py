@@ -1,0 +1,148 @@
+"""The SQLite file under the ledger: its schema, its durability, its transactions.
+
+Knows tables, not what they mean: `ledger.py` does. Write-ahead log with synchronous=FULL, so that a
+transaction is on disk when it returns.
+"""
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from actors.errors import SettingsError
+from actors.messages import TrainingSample
+
+BUSY_TIMEOUT_S: Final = 10.0
+"""Longest wait for another process's transaction, e.g. that of a trainer that is being killed."""
+
+_SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = (
+    """CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        created REAL NOT NULL,
+        state TEXT NOT NULL,
+        config TEXT NOT NULL,
+        num_samples INTEGER NOT NULL,
+        epochs INTEGER NOT NULL,
+        version_before INTEGER,
+        version_after INTEGER,
+        error TEXT,
+        cancel_requested INTEGER NOT NULL DEFAULT 0)""",
+    """CREATE TABLE samples (
+        id TEXT PRIMARY KEY,
+        job_id TEXT NOT NULL REFERENCES jobs (id),
+        position INTEGER NOT NULL,
+        source TEXT,
+        weight REAL NOT NULL,
+        context_ids TEXT NOT NULL,
+        continuation_ids TEXT NOT NULL,
+        content_hash TEXT NOT NULL,
+        created REAL NOT NULL,
+        state TEXT NOT NULL,
+        UNIQUE (job_id, position))""",
+    # UNIQUE: a version names one state of the weights, so it is the result of one step.
+    """CREATE TABLE steps (
+        job_id TEXT NOT NULL REFERENCES jobs (id),
+        step_index INTEGER NOT NULL,
+        sample_id TEXT NOT NULL REFERENCES samples (id),
+        version INTEGER NOT NULL UNIQUE,
+        loss REAL NOT NULL,
+        seconds REAL NOT NULL,
+        PRIMARY KEY (job_id, step_index)) WITHOUT ROWID""",
+    "CREATE TABLE cell (key TEXT PRIMARY KEY, value INTEGER NOT NULL)",
+    "CREATE INDEX jobs_by_state ON jobs (state)",
+    "CREATE INDEX samples_by_state ON samples (state)",
+    "INSERT INTO cell VALUES ('version_high_water', 0)",
+    f"PRAGMA user_version = {_SCHEMA_VERSION}",
+)
+
+
+class Database:
+    """One file, one connection, one lock; `_row` and `_scalar` are called with the lock held."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the file, or make it, readable by this user only; its directory must exist.
+
+        Raises SettingsError for a file of a newer Reverie, which is left as it is.
+        """
+        # O_EXCL: closing a descriptor of a database that this process has open drops its locks.
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        os.chmod(path, 0o600)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(
+            path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        self._db.row_factory = sqlite3.Row
+        try:
+            self._prepare(os.fspath(path))
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; every later call raises sqlite3.ProgrammingError."""
+        with self._lock:
+            self._db.close()
+
+    def _prepare(self, path: str) -> None:
+        found = self._scalar("PRAGMA user_version")
+        if found > _SCHEMA_VERSION:
+            raise SettingsError(
+                f"{path} has ledger format {found}, and this Reverie knows {_SCHEMA_VERSION}; "
+                "start the newer Reverie, or point `home` to another directory"
+            ).about("home")
+        (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise SettingsError(
+                f"{path} cannot have a write-ahead log ({mode}); put `home` on a local disk"
+            ).about("home")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        with self._transaction():
+            if self._scalar("PRAGMA user_version") == 0:
+                for statement in _SCHEMA:
+                    self._db.execute(statement)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk may have rolled back already
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _row(self, sql: str, *values: Any) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._db.execute(sql, values).fetchone()
+        return row
+
+    def _scalar(self, sql: str, *values: Any) -> int:
+        return int(self._db.execute(sql, values).fetchone()[0])
+
+
+def sample_columns(
+    sample: TrainingSample, job_id: str, position: int, now: float
+) -> tuple[Any, ...]:
+    """A new row of `samples`, in the order of its columns, without the state."""
+    ids = json.dumps(sample.context_ids), json.dumps(sample.continuation_ids)
+    return sample.id, job_id, position, sample.source, sample.weight, *ids, sample.content_hash, now
+
+
+def sample_of(row: sqlite3.Row) -> TrainingSample:
+    """The sample that a row holds."""
+    return TrainingSample(
+        id=row["id"],
+        context_ids=tuple(json.loads(row["context_ids"])),
+        continuation_ids=tuple(json.loads(row["continuation_ids"])),
+        weight=row["weight"],
+        source=row["source"],
+        content_hash=row["content_hash"],
+    )

@@ -1,0 +1,195 @@
+"""`reverie demo`: the proof, against a running server, with the official `openai` client.
+
+ask -> stream a long answer -> teach one example under the stream -> ask again -> look at memory
+"""
+
+import os
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from openai import OpenAI, OpenAIError
+
+from actors.errors import ReverieError, SettingsError
+
+QUESTION: Final = "What is your name?"
+ANSWER: Final = "My name is Reverie, and I learn while I serve."
+LONG_PROMPT: Final = "Write a long story about a lighthouse keeper and the sea. Describe every day."
+TRAINING: Final = {"epochs": 12, "learning_rate": 2e-5, "warmup_steps": 5}
+IDLE_TOKENS: Final = 40
+MAX_STREAM_TOKENS: Final = 1500
+JOB_TIMEOUT_S: Final = 600
+MIB: Final = 2**20
+
+
+class Stream:
+    """One long streamed answer, read in the background; the arrival time of each token."""
+
+    def __init__(self, client: OpenAI, model: str) -> None:
+        self.times: list[float] = []
+        self.error: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(client, model), daemon=True)
+        self._thread.start()
+
+    def _read(self, client: OpenAI, model: str) -> None:
+        try:
+            stream = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": LONG_PROMPT}],
+                stream=True,
+                max_tokens=MAX_STREAM_TOKENS,
+                temperature=0.8,
+                extra_body={"ignore_eos": True},
+            )
+            with stream:
+                for _ in stream:
+                    self.times.append(time.monotonic())
+                    if self._stop.is_set():
+                        return
+        except (OpenAIError, httpx.HTTPError) as error:
+            self.error = f"{type(error).__name__}: {error}"
+
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+    def gaps(self, begin: float, end: float) -> list[float]:
+        """Seconds between tokens that arrived from `begin` to `end`."""
+        inside = [at for at in self.times if begin <= at <= end]
+        return [after - before for before, after in pairwise(inside)]
+
+
+def run(base: str) -> None:
+    """Run the demo against `base`; raises ReverieError if the taught answer does not come back."""
+    key = os.environ.get("REVERIE_API_KEY", "none")
+    door = httpx.Client(base_url=base, timeout=60, headers={"authorization": f"Bearer {key}"})
+    _require_ready(door)
+    client = OpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, timeout=600)
+    model = client.models.list().data[0].id
+
+    before, first_version = _ask(client, model)
+    print(f"asked    {QUESTION}\nbefore   {before}   (version {first_version})\n", flush=True)
+
+    stream = Stream(client, model)
+    begun = _wait_for_tokens(stream)
+    learning = time.monotonic()
+    job = _teach(door, stream)
+    ended = time.monotonic()
+    was_whole = stream.is_running() and stream.error is None
+    stream.stop()
+
+    after, last_version = _ask(client, model)
+    print(f"\nafter    {after}   (version {last_version})\n")
+    idle, busy = stream.gaps(begun, learning), stream.gaps(learning, ended)
+    _row("longest gap between streamed tokens, idle", f"{1000 * max(idle):.0f} ms")
+    _row("longest gap between streamed tokens, training", f"{1000 * max(busy, default=0):.0f} ms")
+    _row("tokens streamed while it learned", f"{len(busy)}, stream unbroken: {was_whole}")
+    _row("seconds per step, median", f"{job['seconds_per_step']:.2f} s")
+    _show_memory(door.get("/status").json())
+    if after != ANSWER:
+        raise ReverieError(f"the taught answer did not come back: {after!r}")
+    if not was_whole:
+        raise ReverieError(f"the stream broke: {stream.error or 'it ended'}")
+
+
+def _require_ready(door: httpx.Client) -> None:
+    try:
+        answer = door.get("/readyz")
+    except httpx.HTTPError:
+        raise SettingsError(f"{door.base_url}: no server answers; run 'make serve' first") from None
+    if answer.status_code != 200:
+        raise SettingsError(f"the server is not ready: {answer.json()['reason']}")
+
+
+def _ask(client: OpenAI, model: str) -> tuple[str, str]:
+    answer = client.chat.completions.with_raw_response.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=40,
+    )
+    text = answer.parse().choices[0].message.content or ""
+    return text.strip(), answer.headers["x-weights-version"]
+
+
+def _wait_for_tokens(stream: Stream) -> float:
+    """Read some tokens without any training; returns when the first of them came."""
+    while stream.is_running() and len(stream.times) < IDLE_TOKENS:
+        time.sleep(0.05)
+    if len(stream.times) < IDLE_TOKENS:
+        raise ReverieError(f"the stream broke before anything was taught: {stream.error}")
+    return stream.times[0]
+
+
+def _teach(door: httpx.Client, stream: Stream) -> dict[str, Any]:
+    """Post one example and show its steps as they come; returns the finished job."""
+    messages = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    posted = door.post("/train", json={"samples": [{"messages": messages}], "config": TRAINING})
+    if posted.status_code != 202:
+        raise ReverieError(f"the example was refused: {posted.json()['error']['message']}")
+    job_id, shown, deadline = posted.json()["job_id"], 0, time.monotonic() + JOB_TIMEOUT_S
+    print(f"taught   {ANSWER}\n\n{'step':>8} {'loss':>9} {'tokens streamed meanwhile':>27}")
+    while time.monotonic() < deadline:
+        job: dict[str, Any] = door.get(f"/train/jobs/{job_id}").json()
+        for step in range(shown, job["steps"]):
+            print(
+                f"{step + 1:8d} {job['loss_history'][step]:9.4f} {len(stream.times):27d}",
+                flush=True,
+            )
+        shown = job["steps"]
+        if job["status"] == "done":
+            return job
+        if job["status"] in ("failed", "cancelled"):
+            raise ReverieError(f"the job ended as {job['status']}: {job['error']}")
+        time.sleep(0.1)
+    raise ReverieError(f"the job did not end within {JOB_TIMEOUT_S} s")
+
+
+def _show_memory(status: dict[str, Any]) -> None:
+    """How much of the trainer's memory is its own; the weights are mapped, not copied."""
+    trainer = status["trainer"]
+    weights, private = trainer["weights_bytes"], private_bytes(trainer["pid"])
+    _row("weights", f"{weights / MIB:.0f} MiB, {trainer['num_tensors']} tensors")
+    if private is None:
+        return
+    mapped, own = private
+    _row("  of them in the trainer: shared with the engine", f"{mapped / MIB:.0f} MiB")
+    _row("  of them in the trainer: private copy", f"{own / MIB:.0f} MiB")
+    _row("optimizer state", f"{trainer['state_bytes'] / MIB:.0f} MiB")
+
+
+def private_bytes(pid: int) -> tuple[int, int] | None:
+    """Of the weight memory mapped in `pid`: bytes shared with other processes, bytes private to it.
+
+    From /proc/PID/smaps: the mapping of the weights file, resident and shared, against its private
+    pages. None if this machine has no such process.
+    """
+    shared = own = 0
+    is_weights = False
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            is_weights = "/reverie-" in line and line.endswith("/weights")
+        elif is_weights and first in ("Shared_Clean:", "Shared_Dirty:"):
+            shared += int(line.split()[1]) * 1024
+        elif is_weights and first in ("Private_Clean:", "Private_Dirty:"):
+            own += int(line.split()[1]) * 1024
+    return shared, own
+
+
+def _row(name: str, value: str) -> None:
+    print(f"{name:<50} {value}", flush=True)

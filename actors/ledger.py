@@ -1,0 +1,391 @@
+"""`Ledger`: the truth about what was accepted and what was trained, durable before it is announced.
+
+One SQLite file, one writing process. A job has n samples and `epochs`; its step i trains sample
+i % n, so a job's recorded steps are always 0..k-1 and k alone says where it resumes. The ledger
+knows nothing of tensors or files of weights: it is told which version of the weights is public.
+
+      accept          start_job           finish_job
+    ---------> queued ---------> training ----------> done | failed | cancelled
+                  ^ |                |                  |
+                  | +- cancel -------|------------------|-> cancelled
+                  +-- recover: its steps were lost -----+     (failed and cancelled stay)
+"""
+
+import json
+import secrets
+import sqlite3
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Final, get_args
+
+from actors.database import Database, sample_columns, sample_of
+from actors.errors import Conflict, NotFound, TooBusy, Unavailable
+from actors.messages import (
+    Acceptance,
+    EndState,
+    JobState,
+    JobView,
+    QueuedJob,
+    SampleState,
+    TrainConfig,
+    TrainingSample,
+)
+
+MAX_LOSS_HISTORY: Final = 1000
+"""Most steps that a JobView tells of; the reply stays small however long the job."""
+
+
+class Ledger(Database):
+    """Every method that changes something is one transaction, on disk when it returns.
+
+    Safe for threads; every call may wait for the disk, and for BUSY_TIMEOUT_S for another process.
+    """
+
+    def accept(
+        self, samples: Sequence[TrainingSample], config: TrainConfig, max_queued: int
+    ) -> Acceptance:
+        """Queue the samples as one job, except those accepted before; all of them or none.
+
+        If every sample was accepted before, the answer names the first one's job. Raises Conflict
+        for a known id with other content, TooBusy where more than `max_queued` samples would wait,
+        Unavailable if the disk is full.
+        """
+        assert samples, "a job has at least one sample"
+        assert all(sample.content_hash for sample in samples), "a sample carries its content's hash"
+        try:
+            with self._transaction():
+                return self._accept(samples, config, max_queued)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            raise Unavailable(
+                "the disk that holds the ledger is full and nothing was accepted; "
+                "free some space and post the same request again"
+            ) from error
+
+    def next_job(self) -> QueuedJob | None:
+        """The oldest job that is not at its end, as far as it came; None if there is none."""
+        with self._lock:
+            job = self._row(
+                "SELECT * FROM jobs WHERE state IN ('queued', 'training') ORDER BY seq LIMIT 1"
+            )
+            if job is None:
+                return None
+            rows = self._db.execute(
+                "SELECT * FROM samples WHERE job_id = ? ORDER BY position", (job["id"],)
+            )
+            return QueuedJob(
+                job_id=job["id"],
+                samples=tuple(sample_of(row) for row in rows),
+                config=TrainConfig.model_validate_json(job["config"]),
+                steps_done=self._num_steps(job["id"]),
+            )
+
+    def start_job(self, job_id: str, version: int) -> None:
+        """Mark the job as training from `version`, and reserve the versions its steps will make.
+
+        A version that was announced before a crash must never name another state after it, so the
+        names are set aside before the first step. Raises Conflict if it was cancelled meanwhile.
+        """
+        with self._transaction() as db:
+            job = self._live_job(job_id)
+            remaining = _total_steps(job) - self._num_steps(job_id)
+            db.execute(
+                "UPDATE jobs SET state = 'training', "
+                "version_before = COALESCE(version_before, ?) WHERE id = ?",
+                (version, job_id),
+            )
+            self._set_high_water(max(self._high_water(), version + remaining))
+
+    def record_step(
+        self,
+        job_id: str,
+        step_index: int,
+        sample_id: str,
+        version: int,
+        loss: float,
+        seconds: float,
+    ) -> None:
+        """Note that the step was made and gave the weights `version`.
+
+        Call it before any checkpoint may see that version. Raises sqlite3.IntegrityError for a
+        step or a version that is recorded already, or a loss that is not a number.
+        """
+        with self._transaction() as db:
+            job, newest = self._job(job_id), self._newest_version()
+            num_steps = self._num_steps(job_id)
+            assert job["state"] == "training", f"{job_id} is {job['state']}, not training"
+            db.execute(
+                "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)",
+                (job_id, step_index, sample_id, version, loss, seconds),
+            )
+            assert step_index == num_steps < _total_steps(job), f"{job_id}: step {step_index}?"
+            assert newest < version <= self._high_water(), f"version {version} was not reserved"
+            position = step_index % job["num_samples"]
+            turn = self._row(
+                "SELECT id FROM samples WHERE job_id = ? AND position = ?", job_id, position
+            )
+            assert turn is not None and turn["id"] == sample_id, f"{sample_id}: not its turn"
+            if step_index == _last_step(job, position):
+                db.execute("UPDATE samples SET state = 'trained' WHERE id = ?", (sample_id,))
+
+    def finish_job(
+        self,
+        job_id: str,
+        state: EndState,
+        version: int,
+        error: str | None = None,
+    ) -> None:
+        """End the job at `version`, the newest that was announced; reserved ones are free again.
+
+        What it did not train becomes failed or cancelled with it.
+        """
+        with self._transaction():
+            self._live_job(job_id)
+            self._end(job_id, state, version, error)
+            self._settle(version)
+
+    def settle(self, version: int) -> None:
+        """Free the reserved versions: training has stopped, `version` is the newest announced."""
+        with self._transaction():
+            self._settle(version)
+
+    def cancel(self, job_id: str) -> JobView:
+        """Cancel a queued job at once; ask for it where the job is training.
+
+        Raises NotFound, or Conflict for a job that is at its end.
+        """
+        with self._transaction() as db:
+            job = self._live_job(job_id)
+            if job["state"] == "queued":
+                self._end(job_id, "cancelled", job["version_after"], None)
+            else:
+                db.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ?", (job_id,))
+            return self._view(self._job(job_id))
+
+    def is_cancel_requested(self, job_id: str) -> bool:
+        """Whether the trainer should end this job before its next step."""
+        with self._lock:
+            return bool(self._job(job_id)["cancel_requested"])
+
+    def recover(self, public_version: int) -> int:
+        """Forget the steps that died with the weights; return the version the cell starts at.
+
+        Call it at boot, once the public weights, of `public_version`, are loaded and before any
+        job starts. Jobs that lost steps are queued again, unless they had failed or been cancelled.
+        The answer is `public_version` where no later version was announced, else a number that was
+        never used; until a job starts, a second call gives the same answer.
+        """
+        with self._transaction() as db:
+            lost = db.execute(
+                "SELECT job_id, MIN(step_index) FROM steps WHERE version > ? GROUP BY job_id",
+                (public_version,),
+            ).fetchall()
+            db.execute("DELETE FROM steps WHERE version > ?", (public_version,))
+            for job_id, num_left in lost:
+                self._requeue(self._job(job_id), num_left)
+            for job in db.execute("SELECT * FROM jobs WHERE state = 'training'").fetchall():
+                self._stop_training(job)
+            # Those versions name states that are gone; a resumed job starts from a new one.
+            db.execute(
+                "UPDATE jobs SET version_after = NULL WHERE version_after > ?", (public_version,)
+            )
+            db.execute(
+                "UPDATE jobs SET version_before = NULL WHERE version_before > ? OR "
+                "state = 'queued' AND NOT EXISTS (SELECT 1 FROM steps WHERE job_id = jobs.id)",
+                (public_version,),
+            )
+            high_water = self._high_water()
+            return public_version if high_water <= public_version else high_water + 1
+
+    def job(self, job_id: str) -> JobView:
+        """One job; raises NotFound."""
+        with self._lock:
+            return self._view(self._job(job_id))
+
+    def jobs(self, limit: int, state: JobState | None = None) -> list[JobView]:
+        """At most `limit` jobs, newest first; all states unless one is named."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT * FROM jobs WHERE ?1 IS NULL OR state = ?1 ORDER BY seq DESC LIMIT ?2",
+                (state, limit),
+            ).fetchall()
+            return [self._view(row) for row in rows]
+
+    def counts(self) -> dict[SampleState, int]:
+        """How many samples are in each state, every state included."""
+        with self._lock:
+            counts: dict[SampleState, int] = dict.fromkeys(get_args(SampleState), 0)
+            counts.update(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
+            return counts
+
+    def queued_samples(self) -> int:
+        """How many samples wait: what `max_queued` bounds."""
+        with self._lock:
+            return self._num_queued()
+
+    def sample_state(self, sample_id: str) -> tuple[SampleState, int | None]:
+        """The sample's state and, once trained, the version that its last epoch made.
+
+        Raises NotFound.
+        """
+        with self._lock:
+            sample = self._row("SELECT * FROM samples WHERE id = ?", sample_id)
+            if sample is None:
+                raise NotFound(f"sample {sample_id!r} was never accepted")
+            if sample["state"] != "trained":
+                return sample["state"], None
+            job_id = sample["job_id"]
+            last_step = _last_step(self._job(job_id), sample["position"])
+            return sample["state"], self._scalar(
+                "SELECT version FROM steps WHERE job_id = ? AND step_index = ?", job_id, last_step
+            )
+
+    # Below, the lock is held.
+
+    def _accept(
+        self, samples: Sequence[TrainingSample], config: TrainConfig, max_queued: int
+    ) -> Acceptance:
+        fresh: dict[str, TrainingSample] = {}
+        duplicates: list[str] = []
+        for sample in samples:
+            known = self._row("SELECT content_hash FROM samples WHERE id = ?", sample.id)
+            if known is None and sample.id not in fresh:
+                fresh[sample.id] = sample
+                continue
+            known_hash = fresh[sample.id].content_hash if known is None else known["content_hash"]
+            if known_hash != sample.content_hash:
+                raise Conflict(
+                    f"sample id {sample.id!r} was used before with other content; nothing of this "
+                    "request was queued: give the new content a new id"
+                ).about("samples")
+            duplicates.append(sample.id)
+        if not fresh:
+            return self._accepted_before(tuple(duplicates))
+        num_queued = self._num_queued()
+        if num_queued + len(fresh) > max_queued:
+            raise TooBusy(
+                f"{num_queued} samples are queued and {len(fresh)} more would exceed the bound of "
+                f"{max_queued}; nothing of this request was queued: send it later, or in parts"
+            )
+        job_id = self._insert_job(tuple(fresh.values()), config)
+        return Acceptance(job_id, "queued", len(fresh), tuple(duplicates))
+
+    def _accepted_before(self, duplicates: tuple[str, ...]) -> Acceptance:
+        job = self._row(
+            "SELECT * FROM jobs WHERE id = (SELECT job_id FROM samples WHERE id = ?)", duplicates[0]
+        )
+        assert job is not None, f"{duplicates[0]} has no job"
+        return Acceptance(job["id"], job["state"], 0, duplicates)
+
+    def _insert_job(self, samples: tuple[TrainingSample, ...], config: TrainConfig) -> str:
+        job_id, now = f"job-{secrets.token_hex(8)}", time.time()
+        self._db.execute(
+            "INSERT INTO jobs (id, created, state, config, num_samples, epochs) "
+            "VALUES (?, ?, 'queued', ?, ?, ?)",
+            (job_id, now, config.model_dump_json(), len(samples), config.epochs),
+        )
+        self._db.executemany(
+            "INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued')",
+            (
+                sample_columns(sample, job_id, position, now)
+                for position, sample in enumerate(samples)
+            ),
+        )
+        return job_id
+
+    def _end(self, job_id: str, state: JobState, version: int | None, error: str | None) -> None:
+        self._db.execute(
+            "UPDATE jobs SET state = ?, version_after = ?, error = ?, cancel_requested = 0 "
+            "WHERE id = ?",
+            (state, version, error, job_id),
+        )
+        left = self._db.execute(
+            "UPDATE samples SET state = ? WHERE job_id = ? AND state = 'queued'", (state, job_id)
+        )
+        assert state != "done" or left.rowcount == 0, f"{job_id}: {left.rowcount} samples untrained"
+
+    def _requeue(self, job: sqlite3.Row, num_left: int) -> None:
+        """Take back what steps from `num_left` on had done; they are deleted already."""
+        left = self._scalar("SELECT COUNT(*) FROM steps WHERE job_id = ?", job["id"])
+        assert left == num_left, f"{job['id']}: lost steps in its middle"
+        state = job["state"] if job["state"] in ("failed", "cancelled") else "queued"
+        self._db.execute(
+            "UPDATE samples SET state = ? WHERE job_id = ? AND state = 'trained' AND position >= ?",
+            (state, job["id"], num_left - _last_step(job, position=0)),
+        )
+        if job["state"] == "done":
+            self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (job["id"],))
+
+    def _stop_training(self, job: sqlite3.Row) -> None:
+        """A job was training when the cell died: it ends if it is owed no step, else it waits."""
+        if self._num_steps(job["id"]) == _total_steps(job):
+            self._end(job["id"], "done", self._view(job).weights_version, None)
+        elif job["cancel_requested"]:
+            self._end(job["id"], "cancelled", None, None)
+        else:
+            self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (job["id"],))
+
+    def _view(self, job: sqlite3.Row) -> JobView:
+        recent = self._db.execute(
+            "SELECT * FROM steps WHERE job_id = ? ORDER BY step_index DESC LIMIT ?",
+            (job["id"], MAX_LOSS_HISTORY),
+        ).fetchall()
+        version = recent[0]["version"] if recent else None
+        return JobView(
+            job_id=job["id"],
+            status=job["state"],
+            created=job["created"],
+            training_samples=job["num_samples"],
+            steps=recent[0]["step_index"] + 1 if recent else 0,
+            total_steps=_total_steps(job),
+            loss_history=tuple(step["loss"] for step in reversed(recent)),
+            weights_version_before=job["version_before"],
+            weights_version=version if job["version_after"] is None else job["version_after"],
+            error=job["error"],
+            config=json.loads(job["config"]),
+            seconds_per_step=statistics.median(s["seconds"] for s in recent) if recent else None,
+        )
+
+    def _job(self, job_id: str) -> sqlite3.Row:
+        job = self._row("SELECT * FROM jobs WHERE id = ?", job_id)
+        if job is None:
+            raise NotFound(f"there is no job {job_id!r}; GET /train/jobs lists them")
+        return job
+
+    def _live_job(self, job_id: str) -> sqlite3.Row:
+        job = self._job(job_id)
+        if job["state"] not in ("queued", "training"):
+            raise Conflict(f"job {job_id!r} is {job['state']} already and stays so")
+        return job
+
+    def _num_steps(self, job_id: str) -> int:
+        return self._scalar(
+            "SELECT COALESCE(MAX(step_index) + 1, 0) FROM steps WHERE job_id = ?", job_id
+        )
+
+    def _num_queued(self) -> int:
+        return self._scalar("SELECT COUNT(*) FROM samples WHERE state = 'queued'")
+
+    def _high_water(self) -> int:
+        return self._scalar("SELECT value FROM cell WHERE key = 'version_high_water'")
+
+    def _newest_version(self) -> int:
+        return self._scalar("SELECT COALESCE(MAX(version), 0) FROM steps")
+
+    def _settle(self, version: int) -> None:
+        assert version >= self._newest_version(), f"version {version} is in the past"
+        self._set_high_water(version)
+
+    def _set_high_water(self, version: int) -> None:
+        self._db.execute("UPDATE cell SET value = ? WHERE key = 'version_high_water'", (version,))
+
+
+def _total_steps(job: sqlite3.Row) -> int:
+    return int(job["num_samples"] * job["epochs"])
+
+
+def _last_step(job: sqlite3.Row, position: int) -> int:
+    """Index of the step that trains the sample at `position` in the last epoch."""
+    return int(job["num_samples"] * (job["epochs"] - 1)) + position

@@ -1,0 +1,300 @@
+"""Frozen records that cross a process boundary; each says who produces it and who consumes it.
+
+Requests arrive as pydantic models, because they come from outside and are checked; everything
+between our own processes is a frozen dataclass.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+MAX_ID_CHARS = 128
+
+JobState = Literal["queued", "training", "done", "failed", "cancelled"]
+EndState = Literal["done", "failed", "cancelled"]
+SampleState = Literal["queued", "trained", "failed", "cancelled"]
+CellState = Literal["starting", "ready", "recovering", "stopping", "failed"]
+
+
+# What a client posts: produced by the ingress from JSON, consumed by the trainer.
+
+
+class _Posted(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ChatMessage(_Posted):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+
+
+class _Sample(_Posted):
+    id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_CHARS)
+    """The client's name for the sample; the same id is accepted once."""
+    source: str | None = Field(default=None, max_length=512)
+    """Where the sample comes from, so that it can be found and excluded later."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """Factor on the sample's loss."""
+
+
+class ChatSample(_Sample):
+    """The last assistant message is learned, after the messages before it."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    strip: list[Literal["system", "developer", "user", "assistant", "tool"]] = []
+    """Roles that were in view when the answer was written and are absent when it is learned."""
+
+
+class TextSample(_Sample):
+    """`continuation` is learned after `context`; neither passes through the chat template."""
+
+    context: str
+    continuation: str
+
+
+class TokenSample(_Sample):
+    """As TextSample, already in token ids."""
+
+    context_ids: list[Annotated[int, Field(ge=0)]]
+    continuation_ids: list[Annotated[int, Field(ge=0)]]
+
+
+def _kind_of_sample(value: Any) -> str:
+    if isinstance(value, TextSample | TokenSample | ChatSample):
+        value = value.__dict__
+    if not isinstance(value, dict):
+        return "chat"
+    if "continuation_ids" in value or "context_ids" in value:
+        return "tokens"
+    if "continuation" in value or "context" in value:
+        return "text"
+    return "chat"
+
+
+Sample = Annotated[
+    Annotated[ChatSample, Tag("chat")]
+    | Annotated[TextSample, Tag("text")]
+    | Annotated[TokenSample, Tag("tokens")],
+    Discriminator(_kind_of_sample),
+]
+
+
+class TrainConfig(_Posted):
+    """How one job is trained."""
+
+    learning_rate: float = Field(default=1e-5, gt=0, le=1e-2)
+    epochs: int = Field(default=1, ge=1, le=1000)
+    warmup_steps: int = Field(default=0, ge=0, le=100_000)
+    objective: Literal["sft"] = "sft"
+    duty: float | None = Field(default=None, gt=0, le=1)
+    """Share of the time the trainer computes; None takes the cell's setting."""
+
+
+class TrainRequest(_Posted):
+    """Body of `POST /train`."""
+
+    samples: list[Sample] = Field(min_length=1)
+    config: TrainConfig = TrainConfig()
+
+
+class CheckpointRequest(_Posted):
+    """Body of `POST /checkpoint`."""
+
+    publish: bool = True
+
+
+# Between our own processes.
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """A tokenised, checked sample: produced by the trainer's door, kept by the ledger."""
+
+    id: str
+    context_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+    weight: float = 1.0
+    source: str | None = None
+    content_hash: str = ""
+    """Hash of what the client posted, so that one id with two contents is a conflict."""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """What to train next: produced by the ledger, consumed by the trainer."""
+
+    job_id: str
+    samples: tuple[TrainingSample, ...]
+    config: TrainConfig
+    steps_done: int
+    """Steps that the weights already contain; the job resumes at this step."""
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.samples) * self.config.epochs
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Answer to `POST /train`: produced by the ledger once the samples are durable."""
+
+    job_id: str
+    status: JobState
+    training_samples: int
+    duplicates: tuple[str, ...] = ()
+    """Ids that had been accepted before with the same content; not queued again."""
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job as the routes show it: produced by the ledger, consumed by the ingress."""
+
+    job_id: str
+    status: JobState
+    created: float
+    training_samples: int
+    steps: int
+    total_steps: int
+    loss_history: tuple[float, ...]
+    weights_version_before: int | None
+    weights_version: int | None
+    error: str | None
+    config: dict[str, Any] = field(default_factory=dict)
+    seconds_per_step: float | None = None
+
+
+@dataclass(frozen=True)
+class CellPaths:
+    """Where one boot of a cell keeps what its processes share: made by the cell, read by all."""
+
+    model_dir: str
+    """The public directory of the model."""
+    run_dir: str
+    """Private directory in shared memory: weights, versions, layout, socket; gone after a stop."""
+    ledger: str
+
+    @property
+    def weights(self) -> str:
+        return f"{self.run_dir}/weights"
+
+    @property
+    def versions(self) -> str:
+        return f"{self.run_dir}/versions"
+
+    @property
+    def layout(self) -> str:
+        return f"{self.run_dir}/layout.json"
+
+    @property
+    def progress(self) -> str:
+        return f"{self.run_dir}/progress"
+
+    @property
+    def vllm_files(self) -> str:
+        """List of the shared-memory files that vLLM made for itself and leaves behind if killed."""
+        return f"{self.run_dir}/vllm_files"
+
+    @property
+    def socket(self) -> str:
+        return f"{self.run_dir}/engine.sock"
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The engine's state: produced by the engine, consumed by the cell and `/status`."""
+
+    pid: int
+    child_pids: tuple[int, ...]
+    is_healthy: bool
+    max_model_len: int = 0
+    reason: str | None = None
+    vllm_version: str = ""
+
+
+@dataclass(frozen=True)
+class TrainerReport:
+    """The trainer's state: produced by the trainer, consumed by the cell and `/status`."""
+
+    pid: int
+    weights_version: int
+    num_tensors: int = 0
+    weights_bytes: int = 0
+    state_bytes: int = 0
+    """Optimizer state."""
+    queued_samples: int = 0
+    job_id: str | None = None
+    steps: int = 0
+    last_loss: float | None = None
+    last_step_s: float | None = None
+    paused: str | None = None
+    """What training waits for (a full disk); it goes on by itself."""
+    reason: str | None = None
+    """Why training stopped for good; None while all is well."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """The trainer stands between two steps: produced by it, consumed by the checkpoint actor."""
+
+    token: str
+    weights_version: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One committed state of the weights: produced by the checkpoint actor."""
+
+    generation: int
+    weights_version: int
+    created: float
+    size_bytes: int
+    seconds: float = 0.0
+    stall_seconds: float = 0.0
+    """How long the trainer waited."""
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """The checkpoint actor's state, for the cell and `/status`."""
+
+    pid: int
+    generation: int
+    weights_version: int
+
+
+@dataclass(frozen=True)
+class DreamReport:
+    """The dream actor's state, for the cell and `/status`."""
+
+    pid: int
+    state: Literal["idle"] = "idle"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the boot, with the seconds it took or has taken so far."""
+
+    name: str
+    seconds: float
+    is_done: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CellReport:
+    """What the cell knows of itself: produced by the cell, consumed by the ingress and `up`."""
+
+    state: CellState
+    reason: str | None
+    paths: CellPaths | None
+    stages: tuple[Stage, ...]
+    restarts: int
+    boot: int
+    """Number of this boot; changes with every restart of the cell."""
+    engine: EngineReport | None = None
+    trainer: TrainerReport | None = None
+    checkpoint: CheckpointReport | None = None
+    dream: DreamReport | None = None

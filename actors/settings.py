@@ -1,0 +1,178 @@
+"""Every knob of a cell: frozen models, unknown keys refused, a docstring under each field.
+
+Imports neither torch nor Ray, so that a command line can read settings in milliseconds.
+"""
+
+import os
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from actors.errors import SettingsError
+
+DEFAULT_MODEL = "smollm2-135m"
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class EngineSettings(_Group):
+    """vLLM and the memory it owns."""
+
+    threads: int = Field(default=1, ge=1, le=256)
+    """OpenMP threads of vLLM's engine process on a CPU; the trainer has its own."""
+    max_model_len: int = Field(default=2048, ge=16, le=1_048_576)
+    """Longest context, in tokens, that a request may reach (clamped to what the model supports)."""
+    max_num_seqs: int = Field(default=32, ge=1, le=4096)
+    """Most requests in one batch."""
+    kv_cache_bytes: int = Field(default=1 * GIB, ge=16 * MIB)
+    """Size of the KV cache; explicit because vLLM does not know of the trainer's memory."""
+    enforce_eager: bool = True
+    """Run without compilation and CUDA graphs. On a CPU compilation costs minutes at start."""
+    tool_call_parser: str | None = None
+    """vLLM's parser for tool calls (`hermes`, `qwen3_coder`, ...); None turns tool choice off."""
+    boot_timeout_s: float = Field(default=600, gt=0)
+    """Longest time from starting vLLM to its first readiness."""
+
+
+class TrainerSettings(_Group):
+    """The optimizer and how much of the machine it may take."""
+
+    threads: int = Field(default=1, ge=1, le=256)
+    """Threads of the trainer's tensor arithmetic."""
+    nice: int = Field(default=5, ge=0, le=19)
+    """Scheduling priority of the trainer below the engine: serving goes first."""
+    duty: float = Field(default=1.0, gt=0, le=1)
+    """Share of the time the trainer may compute; it sleeps for the rest. A job may ask for less."""
+    rank: int = Field(default=64, ge=2, le=8192)
+    """Rank of APOLLO's projection; a matrix whose smaller side is not above it gets plain Adam."""
+    update_proj_gap: int = Field(default=200, ge=1)
+    """Steps after which the projection is drawn anew."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the second moment; short runs want less than the usual 0.999."""
+    weight_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decoupled weight decay, per step and learning rate."""
+    train_embeddings: bool = False
+    """Whether the embedding (and an lm_head tied to it) is trained too."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the projections and of stochastic rounding."""
+    epoch_steps: int = Field(default=8, ge=1)
+    """Optimizer steps after which cached prefixes are retired; the end of a job always does."""
+    max_queued_samples: int = Field(default=4096, ge=1)
+    """Bound of the queue; a request that would exceed it gets 429."""
+    attach_timeout_s: float = Field(default=120, gt=0)
+    """Longest time for building the module over the shared weights."""
+    step_timeout_s: float = Field(default=600, gt=0)
+    """Longest time a checkpoint waits for the step in progress."""
+
+
+class LimitSettings(_Group):
+    """What one request may ask for."""
+
+    max_body_bytes: int = Field(default=8 * MIB, ge=1024)
+    """Largest request body."""
+    max_samples: int = Field(default=256, ge=1)
+    """Most samples in one `POST /train`."""
+    max_ongoing_requests: int = Field(default=128, ge=1)
+    """Most requests inside the ingress at once; further ones get 429."""
+    request_timeout_s: float = Field(default=600, gt=0)
+    """Longest time for one request, streaming included."""
+    control_timeout_s: float = Field(default=60, gt=0)
+    """Longest wait for the answer to a control route (a checkpoint has its own limit)."""
+
+
+class CellSettings(_Group):
+    """Supervision."""
+
+    check_interval_s: float = Field(default=1.0, gt=0, le=5)
+    """Time between two looks at the actors and at vLLM's child process."""
+    hang_timeout_s: float = Field(default=30.0, ge=1)
+    """An actor that lives but is silent for this long counts as hung; a dead one shows at once."""
+    max_restarts: int = Field(default=20, ge=0)
+    """Restarts within `restart_window_s` after which the cell stays down and says why."""
+    restart_window_s: float = Field(default=600, gt=0)
+    """Window in which restarts are counted."""
+    checkpoint_timeout_s: float = Field(default=600, gt=0)
+    """Longest time a checkpoint may take."""
+
+
+def default_home() -> Path:
+    """`REVERIE_HOME`, or `~/.reverie`."""
+    return Path(os.environ.get("REVERIE_HOME") or Path.home() / ".reverie")
+
+
+class Settings(_Group):
+    """One cell."""
+
+    model: str = DEFAULT_MODEL
+    """A local directory, a hub id, or `smollm2-135m`, the small default model."""
+    home: Path = Field(default_factory=default_home)
+    """Where adopted models, the ledger and keys live."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the weights live; `auto` takes a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the one copy of the weights; `auto` is float32 on a CPU, bfloat16 on a GPU."""
+    host: str = "127.0.0.1"
+    """Address of the door; any but a loopback address needs API keys (`reverie keys add`)."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port of the door."""
+    engine: EngineSettings = EngineSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    limits: LimitSettings = LimitSettings()
+    cell: CellSettings = CellSettings()
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        if self.host != "localhost":
+            try:
+                ip_address(self.host)
+            except ValueError:
+                raise ValueError(
+                    f"host={self.host!r} is not an IP address; use 127.0.0.1"
+                ) from None
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the door."""
+        return self.host == "localhost" or ip_address(self.host).is_loopback
+
+    @classmethod
+    def from_pairs(cls, pairs: Mapping[str, Any]) -> "Settings":
+        """Settings from flat `group.key: value` pairs, as a command line or `serve run` gives them.
+
+        Raises SettingsError that names the key, the value and what is allowed.
+        """
+        tree: dict[str, Any] = {}
+        for dotted, value in pairs.items():
+            *groups, key = dotted.split(".")
+            node = tree
+            for group in groups:
+                node = node.setdefault(group, {})
+                if not isinstance(node, dict):
+                    raise SettingsError(f"{dotted}: {group!r} is not a group of settings")
+            node[key] = value
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise SettingsError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {where}; the known ones are in actors/settings.py")
+        else:
+            lines.append(f"{where or 'settings'}={item['input']!r}: {item['msg']}")
+    return "; ".join(lines)

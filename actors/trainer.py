@@ -1,0 +1,329 @@
+"""Owns the module over the live weights, the optimizer, and the front of the job queue.
+
+    POST /train --> submit: tokenise, check, ledger (durable) --> 202
+                                      |
+    training thread: next job --> step under the barrier --> version + 1 --> ledger --> sleep (duty)
+
+One thread trains; control methods (`control` group) answer beside it. The ledger is the truth about
+what is queued and trained; the thread keeps nothing that a restart would miss.
+"""
+
+import hashlib
+import os
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import ray
+
+from actors.barrier import StepBarrier
+from actors.errors import Conflict, InvalidRequest, Unavailable
+from actors.ledger import Ledger
+from actors.messages import (
+    Acceptance,
+    CellPaths,
+    ChatSample,
+    EndState,
+    Hold,
+    JobView,
+    QueuedJob,
+    Sample,
+    TextSample,
+    TrainerReport,
+    TrainingSample,
+    TrainRequest,
+)
+from actors.settings import Settings
+from actors.versions import VersionCounter
+
+if TYPE_CHECKING:
+    from apollo.learning.samples import Example
+    from apollo.learning.step import Learner, StepReport
+
+IDLE_WAIT_S: Final = 1.0
+DISK_RETRY_S: Final = 2.0
+STOP_TIMEOUT_S: Final = 60
+
+
+class StepFailed(Exception):
+    """A step left something unlearned; the job ends as failed with this message."""
+
+
+class Trainer:
+    """Teaches the served weights, one sample a step."""
+
+    def __init__(self, settings: Settings, paths: CellPaths) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(settings.trainer.threads)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.nice(settings.trainer.nice)
+        self._settings = settings
+        self._paths = paths
+        self._versions = VersionCounter(paths.versions, is_writable=True)
+        self._barrier = StepBarrier()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._train, name="training", daemon=True)
+        self._ledger: Ledger
+        self._learner: Learner
+        self._tokenizer: Any = None
+        self._max_len = 0
+        self._num_tensors = 0
+        self._weights_bytes = 0
+        self._job_id: str | None = None
+        self._steps = 0
+        self._last_loss: float | None = None
+        self._last_step_s: float | None = None
+        self._paused: str | None = None
+        self._reason: str | None = None
+        self._spoiled: str | None = None
+        """Why the live weights may hold half a step, or one that the ledger does not know."""
+
+    @ray.method
+    def start(self) -> TrainerReport:
+        """Attach to the live weights, reconcile the ledger with them, and begin to train."""
+        from transformers import AutoTokenizer
+
+        from apollo.learning.step import Learner
+        from apollo.weights import manifest
+        from apollo.weights.attach import attach
+        from apollo.weights.layout import WeightLayout
+
+        model_dir = Path(self._paths.model_dir)
+        layout = WeightLayout.load(Path(self._paths.layout))
+        self._num_tensors, self._weights_bytes = len(layout), layout.size_bytes
+        module = attach(layout, model_dir)
+        trainer = self._settings.trainer
+        self._learner = Learner(
+            module,
+            rank=trainer.rank,
+            update_proj_gap=trainer.update_proj_gap,
+            betas=(trainer.beta1, trainer.beta2),
+            weight_decay=trainer.weight_decay,
+            seed=trainer.seed,
+            train_embeddings=trainer.train_embeddings,
+        )
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self._max_len = min(
+            self._settings.engine.max_model_len,
+            getattr(module.config, "max_position_embeddings", self._settings.engine.max_model_len),
+        )
+        self._ledger = Ledger(Path(self._paths.ledger))
+        self._versions.weights_version = self._ledger.recover(
+            manifest.require(model_dir).weights_version
+        )
+        self._thread.start()
+        return self._describe()
+
+    # Control: answered while a step runs.
+
+    @ray.method(concurrency_group="control")
+    def submit(self, request: TrainRequest) -> Acceptance:
+        """Queue all samples of a request, durably, or none; a ReverieError says why not."""
+        samples = [self._encode(sample, at) for at, sample in enumerate(request.samples)]
+        accepted = self._ledger.accept(
+            samples, request.config, self._settings.trainer.max_queued_samples
+        )
+        self._wake.set()
+        return accepted
+
+    @ray.method(concurrency_group="control")
+    def job(self, job_id: str) -> JobView:
+        """One job; raises NotFound."""
+        return self._ledger.job(job_id)
+
+    @ray.method(concurrency_group="control")
+    def jobs(self, limit: int) -> list[JobView]:
+        """The newest jobs first."""
+        return self._ledger.jobs(limit)
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, job_id: str) -> JobView:
+        """Cancel a job: at once if queued, after the step in progress if training."""
+        view = self._ledger.cancel(job_id)
+        self._wake.set()
+        return view
+
+    @ray.method(concurrency_group="control")
+    def report(self) -> TrainerReport:
+        """What the trainer is doing."""
+        return self._describe()
+
+    def _describe(self) -> TrainerReport:
+        is_alive = self._thread.is_alive() or self._stopping.is_set()
+        return TrainerReport(
+            pid=os.getpid(),
+            weights_version=self._versions.weights_version,
+            num_tensors=self._num_tensors,
+            weights_bytes=self._weights_bytes,
+            state_bytes=self._learner.optimizer.state_bytes(),
+            queued_samples=self._ledger.queued_samples(),
+            job_id=self._job_id,
+            steps=self._steps,
+            last_loss=self._last_loss,
+            last_step_s=self._last_step_s,
+            paused=self._paused,
+            reason=self._reason or (None if is_alive else "the training thread ended"),
+        )
+
+    @ray.method(concurrency_group="control")
+    def hold(self) -> Hold:
+        """Stand between two steps until `release`.
+
+        Raises Unavailable if a step does not end, or if these weights must not be kept.
+        """
+        token = self._barrier.hold(self._settings.trainer.step_timeout_s)
+        if token is None:
+            raise Unavailable("the step in progress did not end in time; try again later")
+        if self._spoiled is not None:
+            self._barrier.release(token)
+            raise Unavailable(f"{self._spoiled}; the cell restarts from the last generation")
+        return Hold(token, self._versions.weights_version)
+
+    @ray.method(concurrency_group="control")
+    def release(self, token: str) -> bool:
+        """End a hold; False if it was not in force any more."""
+        return self._barrier.release(token)
+
+    @ray.method(concurrency_group="control")
+    def pause(self) -> int:
+        """Finish the step in progress and take no further one; returns the final version."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join(STOP_TIMEOUT_S)
+        version = self._versions.weights_version
+        if not self._thread.is_alive() and self._spoiled is None:
+            self._ledger.settle(version)
+        return version
+
+    # A posted sample becomes token ids, or the reason why not.
+
+    def _encode(self, sample: Sample, at: int) -> TrainingSample:
+        from apollo.learning.samples import SampleError, truncate
+
+        try:
+            example = truncate(self._tokenise(sample), self._max_len)
+        except SampleError as error:
+            raise InvalidRequest(f"samples[{at}]: {error}").about(f"samples[{at}]") from None
+        content = sample.model_dump_json(exclude={"id", "source"})
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return TrainingSample(
+            id=sample.id or f"sample-{os.urandom(8).hex()}",
+            context_ids=tuple(example.context_ids),
+            continuation_ids=tuple(example.continuation_ids),
+            weight=sample.weight,
+            source=sample.source,
+            content_hash=digest,
+        )
+
+    def _tokenise(self, sample: Sample) -> "Example":
+        from apollo.learning import samples
+
+        if isinstance(sample, ChatSample):
+            messages = [message.model_dump() for message in sample.messages]
+            return samples.encode_chat(self._tokenizer, messages, sample.strip)
+        if isinstance(sample, TextSample):
+            return samples.encode_text(self._tokenizer, sample.context, sample.continuation)
+        return samples.check_ids(
+            sample.context_ids, sample.continuation_ids, self._learner.module.config.vocab_size
+        )
+
+    # The training thread.
+
+    def _train(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._wake.clear()
+                job = self._ledger.next_job()
+                if job is None:
+                    self._wake.wait(IDLE_WAIT_S)
+                    continue
+                self._run(job)
+        except Exception as error:  # The cell restarts on `reason`; the ledger knows what is left.
+            self._reason = f"training stopped: {type(error).__name__}: {error}"
+
+    def _run(self, job: QueuedJob) -> None:
+        """Train one job to its end, its failure, its cancellation, or the trainer's stop."""
+        try:
+            self._ledger.start_job(job.job_id, self._versions.weights_version)
+        except Conflict:
+            return  # It was cancelled just before.
+        self._job_id, self._steps = job.job_id, job.steps_done
+        state: EndState = "done"
+        error = None
+        try:
+            for index in range(job.steps_done, job.total_steps):
+                if self._stopping.is_set():
+                    return
+                if self._ledger.is_cancel_requested(job.job_id):
+                    state = "cancelled"
+                    break
+                self._step(job, index)
+        except (StepFailed, ArithmeticError) as failure:
+            state, error = "failed", str(failure)
+        except sqlite3.Error as failure:
+            # The step is made but not recorded: the cell restarts without it and makes it again.
+            self._spoiled = f"a step could not be recorded: {failure}"
+            raise
+        except Exception as failure:
+            # Half a step may be in the weights: the cell restarts without it, and without this job.
+            state, error = "failed", f"a step broke off: {type(failure).__name__}: {failure}"
+            self._spoiled = self._reason = error
+            self._stopping.set()
+        finally:
+            self._job_id = None
+        # Before anybody can read `done`: the next request must not see the old epoch's prefixes.
+        self._versions.next_epoch()
+        self._ledger.finish_job(job.job_id, state, self._versions.weights_version, error)
+
+    def _step(self, job: QueuedJob, index: int) -> None:
+        from apollo.learning.samples import Example
+
+        sample = job.samples[index % len(job.samples)]
+        example = Example(sample.context_ids, sample.continuation_ids, sample.weight)
+        config = job.config
+        warm_up = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        with self._barrier.step():
+            begun = time.monotonic()
+            report = self._learner.step(example, config.learning_rate * warm_up)
+            seconds = time.monotonic() - begun
+            self._versions.weights_version += 1
+            version = self._versions.weights_version
+            if (index + 1) % self._settings.trainer.epoch_steps == 0:
+                self._versions.next_epoch()
+            self._record(job.job_id, index, sample.id, version, report, seconds)
+        self._steps, self._last_loss, self._last_step_s = index + 1, report.loss, seconds
+        if report.skipped:
+            raise StepFailed(
+                f"step {index + 1}, sample {sample.id}: the gradient of {report.skipped[0]} is not "
+                f"finite ({len(report.skipped)} tensors were left alone); lower learning_rate"
+            )
+        self._rest(seconds, config.duty or self._settings.trainer.duty)
+
+    def _record(
+        self,
+        job_id: str,
+        index: int,
+        sample_id: str,
+        version: int,
+        report: "StepReport",
+        seconds: float,
+    ) -> None:
+        """Make a step durable; waits, visibly, while the disk is full. The step is not repeated."""
+        while True:
+            try:
+                self._ledger.record_step(job_id, index, sample_id, version, report.loss, seconds)
+                self._paused = None
+                return
+            except sqlite3.OperationalError as error:
+                if "full" not in str(error):
+                    raise
+                self._paused = "the disk is full: free some space, training then goes on by itself"
+                if self._stopping.wait(DISK_RETRY_S):
+                    raise
+
+    def _rest(self, seconds: float, duty: float) -> None:
+        if duty < 1.0:
+            self._stopping.wait(seconds * (1.0 - duty) / duty)

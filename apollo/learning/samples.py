@@ -1,0 +1,170 @@
+"""From what a client posts to token ids: which tokens are read and which are learned.
+
+    messages --strip--> chat template --> context text | continuation text --> Example
+                                          read           learned
+
+Knows tokenizers, not models, queues or requests. A refused sample is a SampleError that says what
+is wrong and what to do; which of a request's samples it was is the caller's to add.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class SampleError(ValueError):
+    """A sample that cannot be learned as it is."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids that are read (`context_ids`) and learned (`continuation_ids`).
+
+    Without a context the first continuation token is only read: nothing predicts it. Raises
+    SampleError if no token is left to predict.
+    """
+
+    context_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+    weight: float = 1.0
+    """Factor on the loss."""
+
+    def __post_init__(self) -> None:
+        if not self.continuation_ids:
+            raise SampleError("the continuation is empty; give the text or tokens to learn")
+        if self.num_predicted == 0:
+            raise SampleError(
+                "one continuation token without a context predicts nothing; "
+                "give a context or a longer continuation"
+            )
+
+    @property
+    def num_predicted(self) -> int:
+        """Number of tokens in the loss."""
+        return len(self.continuation_ids) - (not self.context_ids)
+
+
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, strip: Sequence[str] = ()
+) -> Example:
+    """Learn the last message, the assistant's, after the messages before it without `strip` roles.
+
+    The context is the chat template with the generation prompt, as at serving time; the
+    continuation is what the template adds to it, up to and including the end-of-turn token.
+    Raises SampleError.
+    """
+    if not messages:
+        raise SampleError("there are no messages; end them with the assistant message to learn")
+    *before, answer = messages
+    if all(message["role"] != "assistant" for message in messages):
+        raise SampleError("there is no assistant message; end with the one that is to be learned")
+    if answer["role"] != "assistant":
+        raise SampleError(
+            f"the last message has role {answer['role']!r}; end with the assistant message to learn"
+        )
+    if not answer["content"].strip():
+        raise SampleError("the assistant message is empty; give the answer that is to be learned")
+    context, full = _render(tokenizer, [m for m in before if m["role"] not in strip], answer)
+    if not full.startswith(context):
+        raise SampleError(
+            "the chat template renders the messages before the answer differently once the answer "
+            "follows; send this sample as context and continuation"
+        )
+    continuation_ids = _tokenize(tokenizer, full.removeprefix(context))
+    context_ids = _tokenize(tokenizer, context)
+    return Example(tuple(context_ids), tuple(_end_of_turn(tokenizer, continuation_ids)))
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerBase", context: str, continuation: str) -> Example:
+    """Learn `continuation` after `context`, both plain text, tokenised apart.
+
+    The context starts with the tokens that the tokenizer puts before any text, as `/v1/completions`
+    does; no end-of-turn token is added. Raises SampleError.
+    """
+    context_ids = _tokenize(tokenizer, context, add_special_tokens=True)
+    return Example(tuple(context_ids), tuple(_tokenize(tokenizer, continuation)))
+
+
+def check_ids(
+    context_ids: Sequence[int], continuation_ids: Sequence[int], vocab_size: int
+) -> Example:
+    """Take ready token ids; raises SampleError with the first that is not in the vocabulary."""
+    for field, ids in (("context_ids", context_ids), ("continuation_ids", continuation_ids)):
+        for index, value in enumerate(ids):
+            if not 0 <= value < vocab_size:
+                raise SampleError(
+                    f"{field}[{index}]={value} is not a token; ids are 0 to {vocab_size - 1}"
+                )
+    return Example(tuple(context_ids), tuple(continuation_ids))
+
+
+def truncate(example: Example, max_len: int) -> Example:
+    """At most `max_len` tokens, cut from the left of the context; the continuation stays whole.
+
+    Raises SampleError if the continuation, and one token of a context, do not fit.
+    """
+    num_needed = len(example.continuation_ids) + bool(example.context_ids)
+    if num_needed > max_len:
+        raise SampleError(
+            f"the continuation has {len(example.continuation_ids)} tokens and needs {num_needed} "
+            f"places of the model's {max_len}; split or shorten it"
+        )
+    num_kept = min(len(example.context_ids), max_len - len(example.continuation_ids))
+    return replace(example, context_ids=example.context_ids[len(example.context_ids) - num_kept :])
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", before: Messages, answer: Mapping[str, str]
+) -> tuple[str, str]:
+    """The conversation up to the answer, and with it."""
+
+    def render(messages: Messages, add_generation_prompt: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+    try:
+        full = render([*before, answer])
+        if before:
+            return render(before, add_generation_prompt=True), full
+        # Templates refuse an empty conversation: cut after the generation prompt, wherever it is.
+        probe = [{"role": "user", "content": "?"}]
+        prompt = render(probe, add_generation_prompt=True).removeprefix(render(probe))
+    except (ValueError, TemplateError) as error:
+        raise SampleError(
+            f"the model's chat template refuses these messages ({error}); "
+            "change their roles or send context and continuation"
+        ) from None
+    head, mark, _ = full.partition(prompt) if prompt else ("", "", "")
+    return head + mark, full
+
+
+def _tokenize(
+    tokenizer: "PreTrainedTokenizerBase", text: str, add_special_tokens: bool = False
+) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(
+            f"the text is not valid Unicode ({error.reason}); fix its escapes"
+        ) from None
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    return ids
+
+
+def _end_of_turn(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
+    """`ids` without the white space that a template writes after its end-of-turn token."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = max((index for index, token in enumerate(ids) if token in special), default=len(ids)) + 1
+    return ids[:end] if not tokenizer.decode(ids[end:]).strip() else ids

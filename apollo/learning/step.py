@@ -1,0 +1,97 @@
+"""One learning step on one example; owns the module's training mode and its optimizer.
+
+    context_ids + continuation_ids
+         | forward, logits only where a continuation token is predicted
+         v
+    loss --not finite--> NonFiniteLoss, nothing has changed
+         | backward
+         v
+    gradient of one parameter complete --> Apollo writes the parameter in place, gradient freed
+         |  (last parameter)
+         v
+    StepReport
+
+Knows nothing of jobs, queues, warm-up or who else reads the weights. The parameters may be views
+of memory that another process reads: they are written in place and never replaced.
+
+Axes: b = batch (1), t = predicted tokens, v = vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from apollo.learning.samples import Example
+from apollo.optimizer import Apollo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss is not a finite number; no weight and no optimizer state has changed."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did."""
+
+    loss: float
+    """Before the step: mean over the predicted tokens, times the example's weight."""
+    skipped: tuple[str, ...]
+    """Parameters left as they were, because their gradient was not finite."""
+    applied: bool
+    """Whether any parameter was updated."""
+
+
+class Learner:
+    """Teaches a causal language model in place, one example at a time.
+
+    `settings` are Apollo's keyword arguments. Embeddings, and an output head, are frozen unless
+    `train_embeddings`.
+    """
+
+    def __init__(
+        self, module: "PreTrainedModel", *, train_embeddings: bool = False, **settings: Any
+    ) -> None:
+        self.module = module.train().requires_grad_(True)
+        for part in (module.get_input_embeddings(), module.get_output_embeddings()):
+            if part is not None:
+                part.requires_grad_(train_embeddings)
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.optimizer = Apollo(trained, **settings)
+        self._handles = self.optimizer.attach()
+
+    def step(self, example: Example, learning_rate: float) -> StepReport:
+        """Learn `example` once; raises NonFiniteLoss before anything changes."""
+        loss = self._loss(example)
+        loss_value = loss.item()
+        if not math.isfinite(loss_value):
+            raise NonFiniteLoss(
+                f"the loss is {loss_value}; nothing was changed. Look for weights that are not "
+                "finite, or return to an earlier checkpoint"
+            )
+        self.optimizer.begin_step(learning_rate)
+        loss.backward()
+        skipped = self.optimizer.end_step()
+        return StepReport(loss_value, skipped, applied=self.optimizer.num_updated > 0)
+
+    def close(self) -> None:
+        """Remove the hooks; the module is an ordinary one again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _loss(self, example: Example) -> torch.Tensor:
+        """Float32 cross-entropy of the continuation given everything before it."""
+        num_predicted = example.num_predicted
+        ids = torch.tensor(
+            [example.context_ids + example.continuation_ids], device=self.module.device
+        )
+        logits_btv = self.module(
+            input_ids=ids[:, :-1], logits_to_keep=num_predicted, use_cache=False
+        ).logits
+        targets_t = ids[0, -num_predicted:]
+        return cross_entropy(logits_btv[0].float(), targets_t) * example.weight

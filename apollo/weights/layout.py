@@ -1,0 +1,156 @@
+"""`WeightLayout`: where each checkpoint tensor lies inside the engine's weight memory.
+
+Owns the map and its file format; refuses to know how the map was found (`record.py`) or how the
+memory is shared (`memory.py`). A layout is data: JSON of names, numbers and handles.
+
+    checkpoint tensor "model.layers.0.self_attn.k_proj.weight"
+        -> block 0, byte 113_246_208, shape (192, 576), stride (576, 1), float32
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+
+FORMAT: Final = 1
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Types that can be trained in place; everything else is refused by the tensor's name."""
+
+
+class LayoutError(ValueError):
+    """A tensor cannot be mapped exactly; the message starts with its name."""
+
+
+def dtype_name(dtype: torch.dtype, tensor_name: str) -> str:
+    """The layout's word for `dtype`; raises LayoutError for types that cannot be trained."""
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise LayoutError(
+        f"{tensor_name}: type {dtype} cannot be trained in place; "
+        f"use an unquantised model in one of {', '.join(DTYPES)}"
+    )
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """One checkpoint tensor as a view of a block; offsets in bytes, strides in elements."""
+
+    name: str
+    block: int
+    offset_bytes: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def end_bytes(self) -> int:
+        """First byte after the last element."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return self.offset_bytes + (last + 1) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of exported memory: a file's path on a CPU, an IPC handle on a GPU."""
+
+    handle: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """The whole map. Constructed only through `checked`, which refuses overlaps and overflow."""
+
+    device: str
+    blocks: tuple[Block, ...]
+    tensors: tuple[TensorView, ...]
+    padding_elements: int = 0
+    """Engine elements that no checkpoint tensor owns: zeroed vocabulary padding."""
+
+    @classmethod
+    def checked(
+        cls,
+        device: str,
+        blocks: tuple[Block, ...],
+        tensors: tuple[TensorView, ...],
+        padding_elements: int = 0,
+    ) -> Self:
+        """Build a layout; raises LayoutError with the tensor's name if it is not one-to-one."""
+        layout = cls(device, blocks, tensors, padding_elements)
+        layout._check()
+        return layout
+
+    def _check(self) -> None:
+        seen: set[str] = set()
+        for view in self.tensors:
+            if view.name in seen:
+                raise LayoutError(f"{view.name}: mapped twice")
+            seen.add(view.name)
+            if view.dtype not in DTYPES:
+                raise LayoutError(f"{view.name}: type {view.dtype!r} is not one of {list(DTYPES)}")
+            if not 0 <= view.block < len(self.blocks):
+                raise LayoutError(f"{view.name}: block {view.block} does not exist")
+            if len(view.shape) != len(view.stride) or view.num_elements == 0:
+                raise LayoutError(f"{view.name}: shape {view.shape} with stride {view.stride}")
+            if view.offset_bytes < 0 or view.end_bytes > self.blocks[view.block].size_bytes:
+                raise LayoutError(
+                    f"{view.name}: bytes {view.offset_bytes} to {view.end_bytes} lie outside "
+                    f"block {view.block} of {self.blocks[view.block].size_bytes} bytes"
+                )
+        ordered = sorted(self.tensors, key=lambda view: (view.block, view.offset_bytes))
+        for before, after in pairwise(ordered):
+            if before.block == after.block and after.offset_bytes < before.end_bytes:
+                raise LayoutError(f"{after.name}: overlaps {before.name} in the engine's memory")
+
+    def __iter__(self) -> Iterator[TensorView]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all mapped tensors."""
+        return sum(view.size_bytes for view in self.tensors)
+
+    def save(self, path: Path) -> None:
+        """Write the layout as JSON; readers see it whole or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}))
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a layout and check it again; raises LayoutError on an unknown format."""
+        data: dict[str, Any] = json.loads(path.read_text())
+        if data.get("format") != FORMAT:
+            raise LayoutError(f"{path.name}: format {data.get('format')!r}, expected {FORMAT}")
+        return cls.checked(
+            device=data["device"],
+            blocks=tuple(Block(**block) for block in data["blocks"]),
+            tensors=tuple(
+                TensorView(
+                    **{**view, "shape": tuple(view["shape"]), "stride": tuple(view["stride"])}
+                )
+                for view in data["tensors"]
+            ),
+            padding_elements=data["padding_elements"],
+        )

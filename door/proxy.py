@@ -1,0 +1,125 @@
+"""Passes requests through to vLLM's own application on its private socket, byte for byte.
+
+    client --> ingress replica --(pooled connections, engine.sock)--> vLLM's app
+
+What is added: the version of the weights that answered. Nothing is parsed, so nothing is lost.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import aiohttp
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from actors.errors import Unavailable
+from actors.versions import VersionCounter
+
+VERSION_HEADER: Final = "x-weights-version"
+LAST_VERSION_HEADER: Final = "x-weights-version-last"
+CONNECT_TIMEOUT_S: Final = 5
+_KEPT_REQUEST_HEADERS: Final = ("content-type", "accept", "x-request-id", "x-session-id")
+_KEPT_RESPONSE_HEADERS: Final = ("content-type", "x-request-id", "cache-control")
+
+
+class EngineProxy:
+    """A client of one boot's engine; made anew when the cell restarts."""
+
+    def __init__(self, socket: str, versions: VersionCounter, timeout_s: float) -> None:
+        self._versions = versions
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(socket, limit=0),
+            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
+            auto_decompress=False,
+        )
+
+    async def close(self) -> None:
+        """Close all connections; what is being streamed ends."""
+        await self._session.close()
+
+    async def forward(self, request: Request, body: bytes, done: Callable[[], None]) -> Response:
+        """vLLM's answer, with the versions of the weights at its first and last byte.
+
+        `done` is called once, when the last byte has been sent or the client has gone. Raises
+        Unavailable if the engine is gone before it answered anything.
+        """
+        first = self._versions.weights_version
+        try:
+            answer = await self._session.request(
+                request.method,
+                f"http://engine{request.url.path}",
+                params=request.query_params.multi_items(),
+                data=body or None,
+                headers=_kept(request.headers, _KEPT_REQUEST_HEADERS),
+            )
+            is_stream = answer.content_type == "text/event-stream"
+            # A stream is only announced as 200 when its first bytes are here.
+            chunk = await (answer.content.readany() if is_stream else answer.read())
+        except TimeoutError:
+            raise Unavailable("the engine did not answer within the time limit") from None
+        except aiohttp.ClientError:
+            raise Unavailable("the engine went away; it restarts by itself, try again") from None
+        headers = _kept(answer.headers, _KEPT_RESPONSE_HEADERS)
+        headers[VERSION_HEADER] = str(first)
+        if is_stream:
+            return _Stream(answer, chunk, headers, self._versions, done)
+        headers[LAST_VERSION_HEADER] = str(self._versions.weights_version)
+        done()
+        return Response(chunk, answer.status, headers)
+
+    async def fetch(self, path: str) -> bytes:
+        """The body of one of vLLM's own GET routes."""
+        try:
+            async with self._session.get(f"http://engine{path}") as answer:
+                return await answer.read()
+        except (aiohttp.ClientError, TimeoutError):
+            raise Unavailable("the engine does not answer") from None
+
+
+class _Stream(Response):
+    """An event stream passed on as it comes; ends with a comment that names both versions."""
+
+    def __init__(
+        self,
+        answer: aiohttp.ClientResponse,
+        chunk: bytes,
+        headers: dict[str, str],
+        versions: VersionCounter,
+        done: Callable[[], None],
+    ) -> None:
+        super().__init__(None, answer.status, headers)
+        del self.headers["content-length"]
+        self._answer, self._chunk, self._versions, self._done = answer, chunk, versions, done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            chunk = self._chunk
+            while chunk and not gone.done():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                chunk = await self._answer.content.readany()
+            first, last = self.headers[VERSION_HEADER], self._versions.weights_version
+            comment = f": weights_version first={first} last={last}\n\n".encode()
+            await send({"type": "http.response.body", "body": comment})
+        finally:
+            gone.cancel()
+            self._answer.close()  # If it is not at its end, vLLM aborts the request.
+            self._done()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _kept(headers: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:
+    return {name: headers[name] for name in names if name in headers}

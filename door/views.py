@@ -1,0 +1,33 @@
+"""Records as the routes show them: plain JSON, without what only concerns this machine."""
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from actors.messages import CellReport, JobView
+from actors.versions import VersionCounter
+
+
+def as_json(record: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object."""
+    assert is_dataclass(record) and not isinstance(record, type)
+    return asdict(record)
+
+
+def job_as_json(view: JobView) -> dict[str, Any]:
+    """A job; absent facts are null."""
+    return as_json(view)
+
+
+def status_as_json(
+    report: CellReport | None, versions: VersionCounter | None, ongoing: int
+) -> dict[str, Any]:
+    """The cell as `/status` shows it; paths stay inside."""
+    if report is None:
+        return {"state": "unreachable", "reason": "the cell does not answer"}
+    shown = as_json(report)
+    paths = shown.pop("paths")
+    shown["model"] = None if paths is None else paths["model_dir"].rsplit("/", 1)[-1]
+    shown["weights_version"] = None if versions is None else versions.weights_version
+    shown["epoch"] = None if versions is None else versions.epoch
+    shown["ongoing_requests"] = ongoing
+    return shown

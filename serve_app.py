@@ -1,0 +1,324 @@
+"""The door: a Ray Serve ingress that turns HTTP into messages and errors into status codes.
+
+    client --> Serve's HTTP proxy --> Ingress --bytes over a Unix socket--> vLLM's application
+                                             --records over actor calls--> trainer, checkpoint, cell
+
+Run it with `reverie up`, or with `serve run serve_app:build_app model=...`. Knows no tensors.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Final, TypeVar
+
+import ray
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from actors.cell import NAMESPACE, connect, within
+from actors.errors import InvalidRequest, NotFound, ReverieError, Unavailable
+from actors.messages import MAX_ID_CHARS, CellReport, CheckpointRequest, JobView, TrainRequest
+from actors.settings import Settings
+from actors.versions import VersionCounter
+from door.keys import KeyStore, Scope
+from door.limits import Slots, parse, read_body
+from door.metrics import render
+from door.proxy import EngineProxy
+from door.views import as_json, job_as_json, status_as_json
+
+POLL_INTERVAL_S: Final = 0.5
+POLL_TIMEOUT_S: Final = 5
+EVENT_INTERVAL_S: Final = 0.25
+MAX_JOBS_LISTED: Final = 100
+TERMINAL: Final = ("done", "failed", "cancelled")
+
+T = TypeVar("T")
+
+app = FastAPI(title="Reverie", version="0.1.0", description=(__doc__ or "").split("\n")[0])
+
+
+def _body_of(model: Any) -> dict[str, Any]:
+    """OpenAPI's description of a body that we parse ourselves, to word its errors ourselves."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    text = json.dumps(schema | {"$defs": definitions})
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": json.loads(text)}},
+        }
+    }
+
+
+def error_response(error: ReverieError, request: Request) -> JSONResponse:
+    """An error in OpenAI's shape; `Retry-After` where trying again helps."""
+    headers: dict[str, str] = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    body = {
+        "type": error.kind,
+        "message": str(error),
+        "param": error.param,
+        "request_id": _request_id(request),
+    }
+    return JSONResponse({"error": body}, error.status, headers)
+
+
+def _request_id(request: Request) -> str:
+    """The id that Serve gave the request, or took from the client, and also sends as a header."""
+    return request.headers.get("x-request-id", "")[:MAX_ID_CHARS]
+
+
+@app.exception_handler(ReverieError)
+async def _on_reverie_error(request: Request, error: ReverieError) -> JSONResponse:
+    return error_response(error, request)
+
+
+@app.exception_handler(HTTPException)
+async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    known = NotFound(f"there is no {request.url.path} here; see /docs")
+    if error.status_code != 404:
+        known = NotFound(f"{request.method} {request.url.path}: {error.detail}; see /docs")
+    response = error_response(known, request)
+    response.status_code = error.status_code
+    return response
+
+
+@app.exception_handler(Exception)
+async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
+    return error_response(ReverieError("something went wrong inside; the log has it"), request)
+
+
+@serve.deployment(
+    name="ingress",
+    max_ongoing_requests=512,
+    ray_actor_options={"num_cpus": 0},
+    health_check_period_s=5,
+)
+@serve.ingress(app)
+class Ingress:
+    """Keys, limits, routes and versions, over whatever boot of the cell is alive."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keys = KeyStore(settings.home)
+        self._slots = Slots(settings.limits.max_ongoing_requests)
+        self._cell = connect(settings)
+        self._report: CellReport | None = None
+        self._boot: int | None = None
+        self._engine: EngineProxy | None = None
+        self._versions: VersionCounter | None = None
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    # What the cell is doing: looked at regularly, so that no request has to ask.
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                self._report = await within(self._cell.report.remote(), POLL_TIMEOUT_S)
+                await self._adopt_boot(self._report)
+            except (RayError, TimeoutError, OSError):
+                self._report = None
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _adopt_boot(self, report: CellReport | None) -> None:
+        if report is None or report.state != "ready" or report.boot == self._boot:
+            return
+        assert report.paths is not None
+        if self._engine is not None:
+            await self._engine.close()
+        self._versions = VersionCounter(report.paths.versions)
+        timeout_s = self._settings.limits.request_timeout_s
+        self._engine = EngineProxy(report.paths.socket, self._versions, timeout_s)
+        self._boot = report.boot
+
+    def _ready(self) -> CellReport:
+        """The report of a cell that can answer; raises Unavailable with the reason otherwise."""
+        report = self._report
+        if report is None:
+            raise Unavailable("the cell does not answer; it restarts by itself, try again")
+        if report.state != "ready" or report.boot != self._boot:
+            stage = next((s.name for s in reversed(report.stages) if not s.is_done), report.state)
+            raise Unavailable(f"the cell is {report.state} ({report.reason or stage}); try again")
+        return report
+
+    async def _ask(
+        self, role: str, method: str, *arguments: Any, timeout_s: float | None = None
+    ) -> Any:
+        """One call of an actor; its ReverieErrors are raised here, its death is Unavailable."""
+        self._ready()
+        limit = timeout_s or self._settings.limits.control_timeout_s
+        try:
+            actor = ray.get_actor(role, NAMESPACE)
+            return await within(getattr(actor, method).remote(*arguments), limit)
+        except RayTaskError as error:
+            if isinstance(error.cause, ReverieError):
+                raise error.cause from None
+            raise
+        except (RayError, ValueError):
+            raise Unavailable(f"the {role} went away; it restarts by itself, try again") from None
+        except TimeoutError:
+            raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
+
+    def _allow(self, request: Request, scope: Scope) -> None:
+        self._keys.check(request.headers.get("authorization"), scope)
+
+    async def _pass(self, request: Request) -> Response:
+        self._allow(request, "use")
+        self._slots.take()
+        is_passed = False
+        try:
+            body = await read_body(request, self._settings.limits.max_body_bytes)
+            self._ready()
+            assert self._engine is not None
+            response = await self._engine.forward(request, body, self._slots.give)
+            is_passed = True
+            return response
+        finally:
+            if not is_passed:
+                self._slots.give()
+
+    async def _body(self, request: Request, model: type[T]) -> T:
+        self._allow(request, "teach")
+        body = await read_body(request, self._settings.limits.max_body_bytes)
+        return parse(model, body)  # type: ignore[type-var]
+
+    # vLLM's routes.
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
+    async def v1(self, path: str, request: Request) -> Response:
+        if any(part in ("", ".", "..") for part in path.split("/")):
+            raise NotFound(f"there is no {request.url.path} here; see /docs")
+        return await self._pass(request)
+
+    @app.post("/v1/chat/completions", summary="Chat, as in OpenAI's API (vLLM's own route)")
+    async def chat(self, request: Request) -> Response:
+        return await self._pass(request)
+
+    @app.post("/tokenize", summary="Token ids of a text or of messages (vLLM's own route)")
+    async def tokenize(self, request: Request) -> Response:
+        return await self._pass(request)
+
+    @app.post("/detokenize", summary="Text of token ids (vLLM's own route)")
+    async def detokenize(self, request: Request) -> Response:
+        return await self._pass(request)
+
+    # Teaching.
+
+    @app.post("/train", status_code=202, openapi_extra=_body_of(TrainRequest))
+    async def train(self, request: Request) -> JSONResponse:
+        """Queue samples to be learned; they are durable when this answers."""
+        with self._slots.one():
+            posted = await self._body(request, TrainRequest)
+            limit = self._settings.limits.max_samples
+            if len(posted.samples) > limit:
+                raise InvalidRequest(
+                    f"samples: {len(posted.samples)} at once, the limit is {limit}; post more jobs"
+                ).about("samples")
+            return JSONResponse(as_json(await self._ask("trainer", "submit", posted)), 202)
+
+    @app.get("/train/jobs")
+    async def jobs(self, request: Request) -> JSONResponse:
+        """The newest jobs first."""
+        self._allow(request, "teach")
+        views = await self._ask("trainer", "jobs", MAX_JOBS_LISTED)
+        return JSONResponse({"data": [job_as_json(view) for view in views]})
+
+    @app.get("/train/jobs/{job_id}")
+    async def job(self, job_id: str, request: Request) -> JSONResponse:
+        """One job: state, losses, versions, error."""
+        self._allow(request, "teach")
+        return JSONResponse(job_as_json(await self._ask("trainer", "job", job_id)))
+
+    @app.delete("/train/jobs/{job_id}")
+    async def cancel(self, job_id: str, request: Request) -> JSONResponse:
+        """Cancel a job that is queued or training."""
+        self._allow(request, "teach")
+        return JSONResponse(job_as_json(await self._ask("trainer", "cancel", job_id)))
+
+    @app.get("/train/jobs/{job_id}/events")
+    async def events(self, job_id: str, request: Request) -> StreamingResponse:
+        """The job as server-sent events: one per change, until it ends."""
+        self._allow(request, "teach")
+        first = await self._ask("trainer", "job", job_id)
+        return StreamingResponse(self._events(first), media_type="text/event-stream")
+
+    async def _events(self, view: JobView) -> AsyncIterator[str]:
+        deadline = asyncio.get_running_loop().time() + self._settings.limits.request_timeout_s
+        shown = None
+        while True:
+            state = (view.status, view.steps)
+            if state != shown:
+                shown = state
+                yield f"event: job\ndata: {json.dumps(job_as_json(view))}\n\n"
+            if view.status in TERMINAL or asyncio.get_running_loop().time() > deadline:
+                return
+            await asyncio.sleep(EVENT_INTERVAL_S)
+            try:
+                view = await self._ask("trainer", "job", view.job_id)
+            except Unavailable as error:
+                yield f"event: error\ndata: {json.dumps({'message': str(error)})}\n\n"
+                return
+
+    @app.post("/checkpoint", openapi_extra=_body_of(CheckpointRequest))
+    async def checkpoint(self, request: Request) -> JSONResponse:
+        """Publish the weights as they are now; durable when this answers."""
+        with self._slots.one():
+            posted = await self._body(request, CheckpointRequest)
+            if not posted.publish:
+                raise InvalidRequest(
+                    "publish: only true is supported; every checkpoint is published"
+                ).about("publish")
+            limit = self._settings.cell.checkpoint_timeout_s
+            return JSONResponse(as_json(await self._ask("checkpoint", "commit", timeout_s=limit)))
+
+    # Looking in.
+
+    @app.get("/healthz")
+    async def healthz(self) -> PlainTextResponse:
+        """Whether the door itself answers."""
+        return PlainTextResponse("ok\n")
+
+    @app.get("/readyz")
+    async def readyz(self) -> JSONResponse:
+        """200 when the model answers and learns; until then 503 with the reason and the stages."""
+        stages = as_json(self._report)["stages"] if self._report else []
+        try:
+            self._ready()
+        except Unavailable as error:
+            body = {"status": "unavailable", "reason": str(error), "stages": stages}
+            return JSONResponse(body, 503, {"retry-after": str(Unavailable.retry_after_s)})
+        return JSONResponse({"status": "ready", "reason": None, "stages": stages})
+
+    @app.get("/status")
+    async def status(self, request: Request) -> JSONResponse:
+        """Versions, actors, queue and memory."""
+        self._allow(request, "use")
+        return JSONResponse(status_as_json(self._report, self._versions, self._slots.taken))
+
+    @app.get("/metrics")
+    async def metrics(self, request: Request) -> PlainTextResponse:
+        """Prometheus text: Reverie's own metrics, then vLLM's."""
+        self._allow(request, "use")
+        text = render(self._report, self._versions, self._slots.taken)
+        if self._engine is not None:
+            with contextlib.suppress(Unavailable):
+                self._ready()
+                text += (await self._engine.fetch("/metrics")).decode()
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+def build_app(arguments: dict[str, Any]) -> serve.Application:
+    """The Serve application of one cell; `arguments` are settings as `group.key: value`.
+
+    Raises SettingsError for an unknown key, a bad value, or a public address without keys.
+    """
+    settings = Settings.from_pairs(arguments)
+    return Ingress.bind(settings)  # type: ignore[attr-defined,no-any-return]
