@@ -9,6 +9,7 @@ Run it with `reverie up`, or with `serve run serve_app:build_app model=...`. Kno
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any, Final, TypeVar
 
@@ -19,14 +20,15 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from actors.cell import NAMESPACE, connect, within
-from actors.errors import InvalidRequest, NotFound, ReverieError, Unavailable
+from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieError, Unavailable
 from actors.messages import MAX_ID_CHARS, CellReport, CheckpointRequest, JobView, TrainRequest
 from actors.settings import Settings
 from actors.versions import VersionCounter
-from door.keys import KeyStore, Scope
-from door.limits import Slots, parse, read_body
+from door.keys import KeyStore, Scope, require_loopback
+from door.limits import Slots, parse, read_body, require_json
 from door.metrics import render
 from door.proxy import EngineProxy
 from door.views import as_json, job_as_json, status_as_json
@@ -36,6 +38,8 @@ POLL_TIMEOUT_S: Final = 5
 EVENT_INTERVAL_S: Final = 0.25
 MAX_JOBS_LISTED: Final = 100
 TERMINAL: Final = ("done", "failed", "cancelled")
+V1_PATH: Final = re.compile(r"(\w[\w.:-]*)(/\w[\w.:-]*)*", re.ASCII)
+"""No empty, hidden or still quoted part, so that what is allowed is what vLLM's socket is asked."""
 
 T = TypeVar("T")
 
@@ -83,12 +87,27 @@ async def _on_reverie_error(request: Request, error: ReverieError) -> JSONRespon
 
 @app.exception_handler(HTTPException)
 async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-    known = NotFound(f"there is no {request.url.path} here; see /docs")
-    if error.status_code != 404:
-        known = NotFound(f"{request.method} {request.url.path}: {error.detail}; see /docs")
-    response = error_response(known, request)
+    path = request.url.path
+    if error.status_code == 404:
+        return error_response(NotFound(f"there is no {path} here; see /docs"), request)
+    headers = dict(error.headers or {})
+    reason = f"{request.method} {path}: {error.detail}; see /docs"
+    if error.status_code == 405:
+        headers = {"allow": _methods_of(request) or headers.get("allow", "")}
+        reason = f"{path} takes {headers['allow']}, not {request.method}; see /docs"
+    response = error_response(MalformedRequest(reason), request)
     response.status_code = error.status_code
+    response.headers.update(headers)
     return response
+
+
+def _methods_of(request: Request) -> str:
+    """What all routes of the path take; empty if one takes this, and only vLLM does not."""
+    matches = [(route.matches(request.scope)[0], route) for route in request.app.routes]
+    if any(match is Match.FULL for match, _ in matches):
+        return ""
+    methods = {m for match, route in matches if match is Match.PARTIAL for m in route.methods}
+    return ", ".join(sorted(methods))
 
 
 @app.exception_handler(Exception)
@@ -168,7 +187,8 @@ class Ingress:
             raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
 
     def _allow(self, request: Request, scope: Scope) -> None:
-        self._keys.check(request.headers.get("authorization"), scope)
+        if self._keys.check(request.headers.get("authorization"), scope) is None:
+            require_loopback(request)
 
     async def _pass(self, request: Request) -> Response:
         self._allow(request, "use")
@@ -187,6 +207,7 @@ class Ingress:
 
     async def _body(self, request: Request, model: type[T]) -> T:
         self._allow(request, "teach")
+        require_json(request)
         body = await read_body(request, self._settings.limits.max_body_bytes)
         return parse(model, body)  # type: ignore[type-var]
 
@@ -194,7 +215,7 @@ class Ingress:
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
     async def v1(self, path: str, request: Request) -> Response:
-        if any(part in ("", ".", "..") for part in path.split("/")):
+        if not V1_PATH.fullmatch(path):
             raise NotFound(f"there is no {request.url.path} here; see /docs")
         return await self._pass(request)
 

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final
 
@@ -23,6 +24,15 @@ POLL_INTERVAL_S: Final = 0.25
 STOP_TIMEOUT_S: Final = 900
 OBJECT_STORE_BYTES: Final = 128 * MIB
 """Ray's object store; no tensor ever passes through it."""
+
+RAY_ENVIRONMENT: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # The ingress only awaits, so it needs no thread of its own: one hop less per request and chunk.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 keys_cli = typer.Typer(no_args_is_help=True, help="API keys; needed to serve on a public address.")
@@ -48,6 +58,9 @@ def up(
     ] = DEFAULT_MODEL,
     port: Port = 8000,
     host: Annotated[str, typer.Option(help="Any but 127.0.0.1 needs API keys.")] = "127.0.0.1",
+    ray_address: Annotated[
+        str, typer.Option(help="local starts Ray and stops it; auto joins the Ray that runs here.")
+    ] = "local",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as group.key=value.")
     ] = None,
@@ -61,7 +74,7 @@ def up(
         pairs[key] = value
     settings = Settings.from_pairs(pairs)
     check_address(settings)
-    serve_until(settings, pairs)
+    serve_until(settings, pairs, ray_address)
 
 
 def check_address(settings: Settings) -> None:
@@ -94,26 +107,33 @@ def _stop_on_signals() -> threading.Event:
     return asked
 
 
-def serve_until(settings: Settings, pairs: dict[str, Any]) -> None:
+def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> None:
     """Start Ray, Serve and the cell; wait for a signal; stop them in the opposite order."""
     clock = Clock()
     clock.say("starting Ray")
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     from actors.cell import NAMESPACE, connect
 
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    is_local = ray_address == "local"
+    node: dict[str, Any] = {
+        "_node_ip_address": "127.0.0.1",
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+    try:
+        ray.init(
+            address=ray_address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(node if is_local else {}),
+        )
+    except ConnectionError as error:
+        raise SettingsError(f"--ray-address {ray_address}: {error}") from None
     asked_to_stop = _stop_on_signals()  # After Ray, which installs handlers of its own.
     failed = None
     cell = connect(settings)
@@ -123,7 +143,7 @@ def serve_until(settings: Settings, pairs: dict[str, Any]) -> None:
         failed = follow(cell, clock, settings, asked_to_stop)
     finally:
         clock.say("stopping")
-        stop(cell, clock)
+        stop(cell, clock, is_local)
     if failed is not None:
         raise ReverieError(failed)
 
@@ -186,24 +206,31 @@ def _announce(report: Any, clock: Clock, settings: Settings) -> None:
     print("  stop   Ctrl-C\n", flush=True)
 
 
-def stop(cell: Any, clock: Clock) -> None:
-    """Save and end the cell, then Ray, which ends Serve with it."""
+def stop(cell: Any, clock: Clock, is_local: bool) -> None:
+    """Save and end the cell; then Ray, which ends Serve with it, or only what was added to it."""
     import ray
+    from ray import serve
 
     try:
         clock.say(f"saved: {ray.get(cell.stop.remote(), timeout=STOP_TIMEOUT_S)}")
     except Exception as error:
         clock.say(f"the cell did not stop by itself: {type(error).__name__}")
+    if not is_local:
+        serve.shutdown()
+        ray.kill(cell)
     ray.shutdown()
     clock.say("stopped")
 
 
 @cli.command()
-def demo(port: Port = 8000) -> None:
+def demo(
+    port: Port = 8000,
+    picture: Annotated[Path | None, typer.Option(help="Also draw it, as this SVG file.")] = None,
+) -> None:
     """Teach a running server one answer and show the proof: versions, gaps, and one copy."""
     from actors.demo import run
 
-    run(f"http://127.0.0.1:{port}")
+    run(f"http://127.0.0.1:{port}", picture)
 
 
 @cli.command()

@@ -14,6 +14,7 @@ import httpx
 from openai import OpenAI, OpenAIError
 
 from actors.errors import ReverieError, SettingsError
+from actors.picture import Recording, draw
 
 QUESTION: Final = "What is your name?"
 ANSWER: Final = "My name is Reverie, and I learn while I serve."
@@ -66,8 +67,8 @@ class Stream:
         return [after - before for before, after in pairwise(inside)]
 
 
-def run(base: str) -> None:
-    """Run the demo against `base`; raises ReverieError if the taught answer does not come back."""
+def run(base: str, picture: Path | None = None) -> None:
+    """Run the demo against `base`, and draw it; ReverieError if the answer does not come back."""
     key = os.environ.get("REVERIE_API_KEY", "none")
     door = httpx.Client(base_url=base, timeout=60, headers={"authorization": f"Bearer {key}"})
     _require_ready(door)
@@ -80,7 +81,7 @@ def run(base: str) -> None:
     stream = Stream(client, model)
     begun = _wait_for_tokens(stream)
     learning = time.monotonic()
-    job = _teach(door, stream)
+    job, step_times = _teach(door, stream)
     ended = time.monotonic()
     was_whole = stream.is_running() and stream.error is None
     stream.stop()
@@ -93,6 +94,18 @@ def run(base: str) -> None:
     _row("tokens streamed while it learned", f"{len(busy)}, stream unbroken: {was_whole}")
     _row("seconds per step, median", f"{job['seconds_per_step']:.2f} s")
     _show_memory(door.get("/status").json())
+    if picture is not None:
+        seen = Recording(
+            question=QUESTION,
+            before=before,
+            after=after,
+            token_times=[at - begun for at in stream.times],
+            step_times=[at - begun for at in step_times],
+            losses=job["loss_history"],
+            learning=(learning - begun, ended - begun),
+        )
+        picture.write_text(draw(seen))
+        _row("picture", picture.name)
     if after != ANSWER:
         raise ReverieError(f"the taught answer did not come back: {after!r}")
     if not was_whole:
@@ -128,8 +141,8 @@ def _wait_for_tokens(stream: Stream) -> float:
     return stream.times[0]
 
 
-def _teach(door: httpx.Client, stream: Stream) -> dict[str, Any]:
-    """Post one example and show its steps as they come; returns the finished job."""
+def _teach(door: httpx.Client, stream: Stream) -> tuple[dict[str, Any], list[float]]:
+    """Post one example and show its steps; the finished job, and when each step was seen."""
     messages = [
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": ANSWER},
@@ -137,18 +150,19 @@ def _teach(door: httpx.Client, stream: Stream) -> dict[str, Any]:
     posted = door.post("/train", json={"samples": [{"messages": messages}], "config": TRAINING})
     if posted.status_code != 202:
         raise ReverieError(f"the example was refused: {posted.json()['error']['message']}")
-    job_id, shown, deadline = posted.json()["job_id"], 0, time.monotonic() + JOB_TIMEOUT_S
+    job_id, deadline = posted.json()["job_id"], time.monotonic() + JOB_TIMEOUT_S
+    step_times: list[float] = []
     print(f"taught   {ANSWER}\n\n{'step':>8} {'loss':>9} {'tokens streamed meanwhile':>27}")
     while time.monotonic() < deadline:
         job: dict[str, Any] = door.get(f"/train/jobs/{job_id}").json()
-        for step in range(shown, job["steps"]):
+        for step in range(len(step_times), job["steps"]):
+            step_times.append(time.monotonic())
             print(
                 f"{step + 1:8d} {job['loss_history'][step]:9.4f} {len(stream.times):27d}",
                 flush=True,
             )
-        shown = job["steps"]
         if job["status"] == "done":
-            return job
+            return job, step_times
         if job["status"] in ("failed", "cancelled"):
             raise ReverieError(f"the job ended as {job['status']}: {job['error']}")
         time.sleep(0.1)
@@ -158,23 +172,24 @@ def _teach(door: httpx.Client, stream: Stream) -> dict[str, Any]:
 def _show_memory(status: dict[str, Any]) -> None:
     """How much of the trainer's memory is its own; the weights are mapped, not copied."""
     trainer = status["trainer"]
-    weights, private = trainer["weights_bytes"], private_bytes(trainer["pid"])
+    weights, private = trainer["weights_bytes"], memory_of(trainer["pid"])
     _row("weights", f"{weights / MIB:.0f} MiB, {trainer['num_tensors']} tensors")
     if private is None:
         return
-    mapped, own = private
+    mapped, own, total = private
     _row("  of them in the trainer: shared with the engine", f"{mapped / MIB:.0f} MiB")
     _row("  of them in the trainer: private copy", f"{own / MIB:.0f} MiB")
-    _row("optimizer state", f"{trainer['state_bytes'] / MIB:.0f} MiB")
+    _row("all private memory of the trainer", f"{total / MIB:.0f} MiB (libraries, activations)")
+    _row("  of it optimizer state", f"{trainer['state_bytes'] / MIB:.0f} MiB")
 
 
-def private_bytes(pid: int) -> tuple[int, int] | None:
-    """Of the weight memory mapped in `pid`: bytes shared with other processes, bytes private to it.
+def memory_of(pid: int) -> tuple[int, int, int] | None:
+    """Of process `pid`, in bytes: weight pages it shares with others, weight pages that are its own,
+    and all its private memory.
 
-    From /proc/PID/smaps: the mapping of the weights file, resident and shared, against its private
-    pages. None if this machine has no such process.
+    From /proc/PID/smaps. None if this machine has no such process.
     """
-    shared = own = 0
+    shared = own = total = 0
     is_weights = False
     try:
         lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
@@ -182,13 +197,15 @@ def private_bytes(pid: int) -> tuple[int, int] | None:
         return None
     for line in lines:
         first = line.split(maxsplit=1)[0]
-        if "-" in first and not first.endswith(":"):
+        if not first.endswith(":"):
             is_weights = "/reverie-" in line and line.endswith("/weights")
+        elif first in ("Private_Clean:", "Private_Dirty:"):
+            size = int(line.split()[1]) * 1024
+            total += size
+            own += size * is_weights
         elif is_weights and first in ("Shared_Clean:", "Shared_Dirty:"):
             shared += int(line.split()[1]) * 1024
-        elif is_weights and first in ("Private_Clean:", "Private_Dirty:"):
-            own += int(line.split()[1]) * 1024
-    return shared, own
+    return shared, own, total
 
 
 def _row(name: str, value: str) -> None:

@@ -17,13 +17,14 @@ import ray
 
 from actors.errors import BootFailed
 from actors.messages import CellPaths, EngineReport
+from actors.run_dir import SHARED_MEMORY
 from actors.settings import Settings
 from actors.versions import VersionCounter
 
 KEEP_ALIVE_S: Final = 600
 """Idle time of the ingress's pooled connections; longer than any pause of a client's."""
 SOCKET_BACKLOG: Final = 1024
-VLLM_SHARED_FILES: Final = ("/dev/shm/psm_", "/dev/shm/sem.mp-")
+VLLM_FILES: Final = ("psm_", "sem.mp-")
 """Names that Python's multiprocessing gives to the queues between vLLM's processes."""
 
 
@@ -65,7 +66,7 @@ class Engine:
         app = await build_vllm_app(self._llm, arguments)
         listener = _listen(self._paths.socket)
         config = Config(app, log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S)
-        self._server = NoSignalServer(config)
+        self._server = app.state.server = NoSignalServer(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         while not self._server.started:
             if self._serving.done():
@@ -149,6 +150,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(engine.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
@@ -161,14 +163,16 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _shared_files() -> list[str]:
-    """Shared-memory files, other than ours, that this process and its children have mapped."""
+    """Shared-memory files that vLLM's processes have mapped for the queues between them."""
     this = psutil.Process()
-    mapped = {
-        region.path
-        for process in [this, *this.children(recursive=True)]
-        for region in process.memory_maps()
-    }
-    return sorted(path for path in mapped if path.startswith(VLLM_SHARED_FILES))
+    inodes = set()
+    for process in [this, *this.children(recursive=True)]:
+        for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+            if f" {SHARED_MEMORY}/" in line:
+                inodes.add(int(line.split(maxsplit=5)[4]))
+    # By inode: a semaphore is mapped under a temporary name.
+    own_names = [path for path in SHARED_MEMORY.iterdir() if path.name.startswith(VLLM_FILES)]
+    return sorted(str(path) for path in own_names if path.stat().st_ino in inodes)
 
 
 def _config(model_dir: Path) -> dict[str, Any]:

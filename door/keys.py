@@ -10,8 +10,11 @@ import json
 import os
 import secrets
 import time
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Literal
+
+from starlette.requests import Request
 
 from actors.errors import NotAuthenticated, NotPermitted, SettingsError
 
@@ -105,6 +108,23 @@ class KeyStore:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(self._path)
+
+
+def require_loopback(request: Request) -> None:
+    """Raises NotPermitted if a request came in over an address that others can reach.
+
+    The last guard where there are no keys: whoever bound Serve's proxy may not have asked us.
+    """
+    server = request.scope.get("server") or ("an unknown address", 0)
+    try:
+        is_loopback = ip_address(server[0]).is_loopback
+    except ValueError:
+        is_loopback = server[0] == "localhost"
+    if not is_loopback:
+        raise NotPermitted(
+            f"this door is open on {server[0]} and has no API keys; make one with "
+            "'reverie keys add --scope teach' and send it, or bind Serve to 127.0.0.1"
+        )
 
 
 def _digest(key: str) -> str:

@@ -1,9 +1,9 @@
 """What a request may cost before anybody acts on it: its size, and how many there are at once."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -11,6 +11,22 @@ from starlette.requests import Request
 from actors.errors import InvalidRequest, MalformedRequest, TooBusy, TooLarge
 
 Model = TypeVar("Model", bound=BaseModel)
+
+SAMPLE_KEYS: Final = (
+    *("messages", "strip"),
+    *("context", "continuation"),
+    *("context_ids", "continuation_ids"),
+)
+KINDS: Final = (
+    "a sample is messages (and strip), or context and continuation, "
+    "or context_ids and continuation_ids"
+)
+WORDING: Final = (
+    ("Input should be", "must be"),
+    ("String should have", "must have"),
+    ("List should have at least 1 item after validation, not 0", "must have at least 1 item"),
+)
+"""Pydantic's wording of an error, and ours."""
 
 
 class Slots:
@@ -55,16 +71,38 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
+def require_json(request: Request) -> None:
+    """Raises MalformedRequest for another content type.
+
+    A web page of another origin can post plain text and forms to this machine without asking, but
+    not JSON: without keys this is what keeps such a page from teaching the model.
+    """
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise MalformedRequest(
+            f"the content type is {_short(given)}; send the header 'Content-Type: application/json'"
+        )
+
+
 def parse_json(body: bytes) -> Any:
     """A JSON object; raises MalformedRequest that says where it ends to be one."""
+    if not body.strip():
+        raise MalformedRequest("the body is empty; send a JSON object")
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(
+            body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object_of
+        )
+    except UnicodeDecodeError as error:
+        raise MalformedRequest(f"the body is not UTF-8: {error.reason} at {error.start}") from None
+    except json.JSONDecodeError as error:
         raise MalformedRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise MalformedRequest("the body is nested too deeply") from None
+    except ValueError:  # Python's limit on the digits of an integer.
+        raise MalformedRequest("the body holds a number of too many digits") from None
     if not isinstance(value, dict):
-        raise MalformedRequest(f"the body must be a JSON object, not {type(value).__name__}")
+        name = "an array" if isinstance(value, list) else _short(value)
+        raise MalformedRequest(f"the body must be a JSON object, not {name}")
     return value
 
 
@@ -72,21 +110,51 @@ def _refuse_constant(word: str) -> Any:
     raise MalformedRequest(f"the body is not valid JSON: {word} is not a number")
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, part in pairs:
+        if key in value:
+            raise MalformedRequest(f"{_short(key)} is given twice in one object; give it once")
+        value[key] = part
+    return value
+
+
 def parse(model: type[Model], body: bytes) -> Model:
-    """A request of the given model; raises InvalidRequest that names the key and the remedy."""
-    value = parse_json(body)
+    """A request of the given model, nothing converted; raises InvalidRequest that names the key."""
+    parse_json(body)  # Stricter than pydantic's parser, and worded for people.
     try:
-        return model.model_validate(value)
+        return model.model_validate_json(body, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = _path(first["loc"])
-        if first["type"] == "extra_forbidden":
-            message = f"{where}: unknown key; remove it or see /docs for the known ones"
-        elif first["type"] == "missing":
-            message = f"{where}: is required"
-        else:
-            message = f"{where}: {first['msg']}, got {_short(first['input'])}"
-        raise InvalidRequest(message).about(where) from None
+        first = _most_telling(error.errors(include_url=False, include_context=False))
+    if first["type"] == "json_invalid":
+        raise MalformedRequest(f"the body cannot be read: {first['msg']}")
+    where = _path(first["loc"])
+    raise InvalidRequest(f"{where}: {_reason(first)}").about(where)
+
+
+def _most_telling(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first; but a misspelt key explains better than the one that it leaves missing."""
+    first = errors[0]
+    if first["type"] == "missing":
+        for error in errors[1:]:
+            if error["type"] == "extra_forbidden" and error["loc"][:-1] == first["loc"][:-1]:
+                return error
+    return first
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    location, kind = error["loc"], error["type"]
+    is_of_sample = len(location) == 4 and location[0] == "samples"
+    if kind == "missing":
+        return f"is required; {KINDS}" if is_of_sample else "is required"
+    if kind == "extra_forbidden" and is_of_sample and location[3] in SAMPLE_KEYS:
+        return f"belongs to another kind of sample than the keys beside it; {KINDS}"
+    if kind == "extra_forbidden":
+        return "unknown key; remove it or see /docs for the known ones"
+    text = error["msg"]
+    for theirs, ours in WORDING:
+        text = text.replace(theirs, ours)
+    return f"{text}, got {_short(error['input'])}"
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -101,5 +169,5 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

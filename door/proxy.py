@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 import aiohttp
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -57,10 +58,15 @@ class EngineProxy:
             is_stream = answer.content_type == "text/event-stream"
             # A stream is only announced as 200 when its first bytes are here.
             chunk = await (answer.content.readany() if is_stream else answer.read())
+            if answer.status == 500 and not await self._is_engine_well():
+                raise Unavailable("the engine died; it restarts by itself, try again")
         except TimeoutError:
             raise Unavailable("the engine did not answer within the time limit") from None
         except aiohttp.ClientError:
             raise Unavailable("the engine went away; it restarts by itself, try again") from None
+        if answer.status in (404, 405) and chunk.startswith(b'{"detail":'):
+            # No such route of vLLM; that is the one error which it does not word as OpenAI does.
+            raise HTTPException(answer.status, headers=_kept(answer.headers, ("allow",)))
         headers = _kept(answer.headers, _KEPT_RESPONSE_HEADERS)
         headers[VERSION_HEADER] = str(first)
         if is_stream:
@@ -68,6 +74,11 @@ class EngineProxy:
         headers[LAST_VERSION_HEADER] = str(self._versions.weights_version)
         done()
         return Response(chunk, answer.status, headers)
+
+    async def _is_engine_well(self) -> bool:
+        """Whether vLLM's front end still has its engine process; without it, it answers 500."""
+        async with self._session.get("http://engine/health") as answer:
+            return answer.status == 200
 
     async def fetch(self, path: str) -> bytes:
         """The body of one of vLLM's own GET routes."""

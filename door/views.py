@@ -1,5 +1,6 @@
 """Records as the routes show them: plain JSON, without what only concerns this machine."""
 
+import os
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -29,5 +30,5 @@ def status_as_json(
     shown["model"] = None if paths is None else paths["model_dir"].rsplit("/", 1)[-1]
     shown["weights_version"] = None if versions is None else versions.weights_version
     shown["epoch"] = None if versions is None else versions.epoch
-    shown["ongoing_requests"] = ongoing
+    shown["ingress"] = {"pid": os.getpid(), "ongoing_requests": ongoing}
     return shown

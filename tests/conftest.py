@@ -1,11 +1,77 @@
-"""What tests share: one home for the session, and in it the adopted default model."""
+"""What tests share: one home for the session, the adopted default model, and one running cell."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from apollo.weights.adopt import adopt
+
+BOOT_TIMEOUT_S = 400
+STOP_TIMEOUT_S = 90
+EXIT_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class RunningCell:
+    """A real cell: real vLLM, real Ray, the real model."""
+
+    base: str
+    home: Path
+    process: subprocess.Popen[str] | None = None
+
+    def get(self, path: str) -> Any:
+        """The JSON body of a GET that must succeed."""
+        answer = httpx.get(self.base + path, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.base}/readyz", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        """Wait until the model answers and learns; fails with the reason."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.is_ready():
+                return
+            assert self.process is None or self.process.poll() is None, "the cell ended"
+            time.sleep(0.25)
+        raise AssertionError(f"not ready after {timeout_s} s")
+
+    def train(self, body: dict[str, Any], timeout_s: float = 240) -> dict[str, Any]:
+        """Post samples and wait until their job is at its end."""
+        posted = httpx.post(f"{self.base}/train", json=body, timeout=60)
+        assert posted.status_code == 202, posted.text
+        return self.wait_job(posted.json()["job_id"], timeout_s)
+
+    def wait_job(self, job_id: str, timeout_s: float = 240) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            job: dict[str, Any] = self.get(f"/train/jobs/{job_id}")
+            if job["status"] not in ("queued", "training"):
+                return job
+            time.sleep(0.2)
+        raise AssertionError(f"{job_id} did not end within {timeout_s} s")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +85,44 @@ def reverie_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_dir(reverie_home: Path) -> Path:
     """The default model, adopted (some 20 s the first time). Shared: copy before changing it."""
     return adopt("smollm2-135m", reverie_home, "float32", print).directory
+
+
+@pytest.fixture(scope="session")
+def cell(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[RunningCell]:
+    """One cell for the session, over its own copy of the model; stopped with Ctrl-C at the end.
+
+    REVERIE_TEST_CELL names one that runs already (its home is REVERIE_HOME), which is left running.
+    """
+    if running := os.environ.get("REVERIE_TEST_CELL"):
+        yield RunningCell(running, Path(os.environ["REVERIE_HOME"]))
+        return
+    home, port = tmp_path_factory.mktemp("cell"), free_port()
+    command = [sys.executable, "-m", "actors.cli", "up", "--port", str(port)]
+    log = (home / "log").open("w")
+    process = subprocess.Popen(
+        [*command, "--model", str(model_dir)],
+        env=os.environ | {"REVERIE_HOME": str(home)},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    family: list[psutil.Process] = []
+    cell = RunningCell(f"http://127.0.0.1:{port}", home, process)
+    try:
+        cell.wait_ready()
+        yield cell
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(STOP_TIMEOUT_S) == 0, (home / "log").read_text()
+    except BaseException:
+        print((home / "log").read_text())
+        raise
+    finally:
+        log.close()
+        if process.poll() is None:
+            process.kill()
+    _, left = psutil.wait_procs(family, EXIT_TIMEOUT_S)
+    # A process that has ended but that nobody waits for, in a container without an init, is gone.
+    running = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    assert not running, f"still running after Ctrl-C: {running}"

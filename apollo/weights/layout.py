@@ -61,6 +61,17 @@ class TensorView:
         return self.num_elements * DTYPES[self.dtype].itemsize
 
     @property
+    def is_one_to_one(self) -> bool:
+        """Whether no two of its elements share memory, and its axes count upwards."""
+        reach = 1
+        for step, size in sorted(zip(self.stride, self.shape, strict=True)):
+            if size > 1:
+                if step < reach:
+                    return False
+                reach += (size - 1) * step
+        return True
+
+    @property
     def end_bytes(self) -> int:
         """First byte after the last element."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -82,8 +93,8 @@ class WeightLayout:
     device: str
     blocks: tuple[Block, ...]
     tensors: tuple[TensorView, ...]
-    padding_elements: int = 0
-    """Engine elements that no checkpoint tensor owns: zeroed vocabulary padding."""
+    padding_bytes: int = 0
+    """Bytes of engine parameters that no checkpoint tensor owns: zeroed vocabulary padding."""
 
     @classmethod
     def checked(
@@ -91,10 +102,10 @@ class WeightLayout:
         device: str,
         blocks: tuple[Block, ...],
         tensors: tuple[TensorView, ...],
-        padding_elements: int = 0,
+        padding_bytes: int = 0,
     ) -> Self:
         """Build a layout; raises LayoutError with the tensor's name if it is not one-to-one."""
-        layout = cls(device, blocks, tensors, padding_elements)
+        layout = cls(device, blocks, tensors, padding_bytes)
         layout._check()
         return layout
 
@@ -108,8 +119,15 @@ class WeightLayout:
                 raise LayoutError(f"{view.name}: type {view.dtype!r} is not one of {list(DTYPES)}")
             if not 0 <= view.block < len(self.blocks):
                 raise LayoutError(f"{view.name}: block {view.block} does not exist")
-            if len(view.shape) != len(view.stride) or view.num_elements == 0:
+            if len(view.shape) != len(view.stride) or min(view.shape, default=1) < 1:
                 raise LayoutError(f"{view.name}: shape {view.shape} with stride {view.stride}")
+            if not view.is_one_to_one:
+                raise LayoutError(
+                    f"{view.name}: overlaps itself or runs backwards (shape {view.shape}, "
+                    f"stride {view.stride})"
+                )
+            if view.offset_bytes % DTYPES[view.dtype].itemsize:
+                raise LayoutError(f"{view.name}: byte {view.offset_bytes} lies between elements")
             if view.offset_bytes < 0 or view.end_bytes > self.blocks[view.block].size_bytes:
                 raise LayoutError(
                     f"{view.name}: bytes {view.offset_bytes} to {view.end_bytes} lie outside "
@@ -152,5 +170,5 @@ class WeightLayout:
                 )
                 for view in data["tensors"]
             ),
-            padding_elements=data["padding_elements"],
+            padding_bytes=data["padding_bytes"],
         )

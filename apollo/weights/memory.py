@@ -57,9 +57,15 @@ def place(model: nn.Module, path: Path) -> tuple[tuple[Block, ...], tuple[Span, 
 def _distinct(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters by their first name; a tied one appears once."""
     tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.numel()}
+    owners: dict[int, str] = {}
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise LayoutError(f"{name}: is not contiguous in the engine and cannot be shared")
+        if not tensor.is_meta and owners.setdefault(tensor.data_ptr(), name) != name:
+            raise LayoutError(
+                f"{name}: lies in the memory of {owners[tensor.data_ptr()]} but is another "
+                "parameter; moving both would part them"
+            )
     return dict(tensors)
 
 

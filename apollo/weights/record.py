@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, span: Span, written: torch.Tensor, args: tuple[Any, ...]) -> None:
         if func in _FILLS:
-            self._filled[span.name] = self._filled.get(span.name, 0) + written.numel()
+            self._filled[span.name] = self._filled.get(span.name, 0) + written.nbytes
         elif func is _aten.copy_.default:
             self._copy(span, written, args[1])
         else:
@@ -116,6 +116,8 @@ class Recorder(TorchDispatchMode):
                 "of the checkpoint but computed from it; a transformed tensor cannot be taught"
             )
         name, tensor = source.name, source.tensor
+        if origin.dtype != tensor.dtype:
+            raise LayoutError(f"{name}: the loader reads its bytes as {origin.dtype}")
         if target.dtype != tensor.dtype:
             raise LayoutError(
                 f"{name}: {tensor.dtype} in the checkpoint but {target.dtype} in the engine; "
@@ -157,7 +159,7 @@ class Recorder(TorchDispatchMode):
         return self._live[-1].name if self._live else "(before the first tensor)"
 
     def views(self) -> tuple[tuple[TensorView, ...], int]:
-        """All checkpoint tensors as views, and the number of zero-filled padding elements.
+        """All checkpoint tensors as views, and the size in bytes of the filled padding.
 
         Raises LayoutError for a tensor that was never copied, and for an engine parameter with
         elements that neither a checkpoint tensor nor a fill explains.
@@ -190,7 +192,9 @@ class Recorder(TorchDispatchMode):
             covered[by_place[position][2].name] += view.size_bytes
         for span in self._spans:
             missing = span.size_bytes - covered[span.name]
-            if missing and not self._filled.get(span.name):
+            if missing < 0:
+                raise LayoutError(f"{span.name}: a tensor lies in it and in the next parameter")
+            if missing > self._filled.get(span.name, 0):
                 raise LayoutError(
                     f"{span.name}: {missing} of its {span.size_bytes} bytes in the engine come "
                     "from no checkpoint tensor; the model is incomplete or of another version"
@@ -228,6 +232,8 @@ def _box_of(
             )
         size[axis], strides[axis] = length, target_step
         axis += 1
+    if any(at + n > end for at, n, end in zip(start, size, whole.shape, strict=True)):
+        raise LayoutError(f"{name}: the loader reads it reshaped, across its rows")
     return tuple(start), tuple(size), tuple(strides)
 
 
@@ -264,13 +270,17 @@ def _stride_along(
     if len(stated) == 1:
         return int(stated.pop() or 0)
     if not stated:
-        ordered = sorted(pieces, key=lambda piece: piece.start[axis])
-        low, high = ordered[0], ordered[-1]
-        same = [i for i in range(len(shape)) if i != axis and low.start[i] != high.start[i]]
+        line = [p for p in pieces if _others(p.start, axis) == _others(pieces[0].start, axis)]
+        low = min(line, key=lambda piece: piece.start[axis])
+        high = max(line, key=lambda piece: piece.start[axis])
         distance = (high.offset_bytes - low.offset_bytes) // itemsize
-        if not same:
+        if high is not low:
             return distance // (high.start[axis] - low.start[axis])
     raise LayoutError(f"{name}: its pieces have different strides along axis {axis}")
+
+
+def _others(start: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return start[:axis] + start[axis + 1 :]
 
 
 def _boxes_overlap(pieces: list[_Piece]) -> bool:

@@ -1,0 +1,34 @@
+"""kill -9 under load, through the experiment that does it five times each; here once each."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RunningCell
+
+pytestmark = [pytest.mark.cell, pytest.mark.timeout(900)]
+
+
+def test_killed_processes_come_back_and_no_acknowledged_sample_is_lost(
+    cell: RunningCell, tmp_path: Path
+) -> None:
+    """The script ends with an error if a sample is lost, or trained twice in what survived."""
+    table = tmp_path / "kills.json"
+    script = Path(__file__).parents[1] / "experiments" / "kill_nine.py"
+    command = [sys.executable, str(script), "--base", cell.base, "--home", str(cell.home)]
+    done = subprocess.run(
+        [*command, "--times", "1", "--json", str(table)],
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(table.read_text())
+    assert [row["victim"] for row in result["kills"]] == ["engine", "trainer", "ingress"]
+    assert result["samples"].get("trained", 0) > 0
+    for row in result["kills"][:2]:
+        assert row["not_ready_after_s"] < 10, row
+    assert not [answer for answer in result["answers"] if answer.startswith("500")]

@@ -1,0 +1,296 @@
+"""The running cell through the official client: it answers, it learns, and both at once."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from actors.demo import ANSWER, QUESTION, memory_of
+from tests.conftest import RunningCell
+
+pytestmark = pytest.mark.cell
+
+
+@pytest.fixture
+def client(cell: RunningCell) -> OpenAI:
+    return OpenAI(base_url=f"{cell.base}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture
+def model(client: OpenAI) -> str:
+    return client.models.list().data[0].id
+
+
+def chat(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def taught(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"messages": messages, **more}
+
+
+def test_the_official_client_lists_the_adopted_model(client: OpenAI, model: str) -> None:
+    assert [entry.id for entry in client.models.list().data] == [model] == ["smollm2-135m"]
+
+
+def test_a_chat_is_answered_sensibly_and_names_its_version(client: OpenAI, model: str) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model=model, messages=chat("What is the capital of France?"), temperature=0, max_tokens=30
+    )
+    assert "Paris" in (raw.parse().choices[0].message.content or "")
+    first = int(raw.headers["x-weights-version"])
+    assert 0 <= first <= int(raw.headers["x-weights-version-last"])
+
+
+def test_a_stream_gives_the_same_text_as_one_answer(client: OpenAI, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "messages": chat("Name three colors."), "seed": 1}
+    asked |= {"temperature": 0, "max_tokens": 30}
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    parts = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**asked, stream=True)
+    ]
+    assert "".join(parts) == whole
+    assert len(parts) > 5
+
+
+def test_a_stream_ends_with_a_comment_that_names_both_versions(
+    cell: RunningCell, model: str
+) -> None:
+    body = {"model": model, "messages": chat("Hello!"), "max_tokens": 5, "stream": True}
+    answer = httpx.post(f"{cell.base}/v1/chat/completions", json=body, timeout=60)
+    lines = [line for line in answer.text.split("\n") if line]
+    assert lines[-2] == "data: [DONE]"
+    version = answer.headers["x-weights-version"]
+    assert lines[-1] == f": weights_version first={version} last={version}"
+
+
+def test_other_routes_of_vllm_pass_through(cell: RunningCell, client: OpenAI, model: str) -> None:
+    assert client.completions.create(model=model, prompt="One, two,", max_tokens=3).choices[0].text
+    response = client.responses.create(model=model, input="Say hello.", max_output_tokens=8)
+    assert response.output_text
+    tokens = httpx.post(
+        f"{cell.base}/tokenize", json={"model": model, "prompt": "Hello world"}, timeout=30
+    ).json()["tokens"]
+    text = httpx.post(
+        f"{cell.base}/detokenize", json={"model": model, "tokens": tokens}, timeout=30
+    ).json()
+    assert text["prompt"] == "Hello world"
+
+
+def test_eight_streams_complete_while_a_job_trains(
+    cell: RunningCell, client: OpenAI, model: str
+) -> None:
+    before = cell.get("/status")["weights_version"]
+    finished: list[tuple[str | None, int]] = []
+
+    def read(number: int) -> None:
+        reason, count = None, 0
+        for chunk in client.chat.completions.create(
+            model=model,
+            messages=chat(f"Tell story number {number}."),
+            max_tokens=60,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ):
+            count += bool(chunk.choices[0].delta.content)
+            reason = chunk.choices[0].finish_reason or reason
+        finished.append((reason, count))
+
+    samples = [taught(f"What is {n} plus one?", f"It is {n + 1}.") for n in range(4)]
+    posted = httpx.post(
+        f"{cell.base}/train",
+        json={"samples": samples, "config": {"epochs": 2, "learning_rate": 1e-6}},
+        timeout=60,
+    )
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(180)
+    job = cell.wait_job(posted.json()["job_id"])
+    assert [reason for reason, _ in finished] == ["length"] * 8
+    assert all(count > 40 for _, count in finished)
+    assert job["status"] == "done" and job["steps"] == 8 == len(job["loss_history"])
+    assert job["weights_version"] == before + 8
+
+
+def test_the_demo_teaches_the_running_server_and_shows_one_copy(cell: RunningCell) -> None:
+    port = cell.base.rsplit(":", 1)[1]
+    engine_before = cell.get("/status")["engine"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "actors.cli", "demo", "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert f"after    {ANSWER}" in shown.stdout
+    assert f"before   {ANSWER}" not in shown.stdout
+    assert "stream unbroken: True" in shown.stdout
+    status = cell.get("/status")
+    assert status["engine"]["child_pids"] == engine_before["child_pids"], "the engine restarted"
+    memory = memory_of(status["trainer"]["pid"])
+    assert memory is not None
+    shared, own, _ = memory
+    weights = status["trainer"]["weights_bytes"]
+    assert own == 0, "the trainer has a private copy of weight pages"
+    assert shared >= 0.99 * weights
+    in_engine = [(memory_of(pid) or (0, 0))[:2] for pid in status["engine"]["child_pids"]]
+    assert [memory for memory in in_engine if memory[0]] == [(shared, 0)], in_engine
+    assert status["trainer"]["num_tensors"] == 272
+
+
+def test_the_published_directory_answers_as_the_live_server(
+    cell: RunningCell, client: OpenAI, model: str
+) -> None:
+    """After the demo: what was learned is in the public directory, for a stock loader."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    saved = httpx.post(f"{cell.base}/checkpoint", json={}, timeout=120).json()
+    assert saved["weights_version"] == cell.get("/status")["weights_version"]
+    directory = cell.home / "models" / model
+    assert json.loads((directory / "reverie.json").read_text())["generation"] == saved["generation"]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    stock = AutoModelForCausalLM.from_pretrained(directory)
+    ids = tokenizer.apply_chat_template(
+        chat(QUESTION), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = stock.generate(**ids, max_new_tokens=30, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    live = client.chat.completions.create(
+        model=model, messages=chat(QUESTION), temperature=0, max_tokens=30
+    )
+    assert text == live.choices[0].message.content == ANSWER
+
+
+def test_a_checkpoint_without_news_is_the_one_before(cell: RunningCell) -> None:
+    first = httpx.post(f"{cell.base}/checkpoint", json={}, timeout=120).json()
+    again = httpx.post(f"{cell.base}/checkpoint", json={}, timeout=120).json()
+    assert again["generation"] == first["generation"]
+
+
+def test_the_same_id_is_accepted_once_and_other_content_is_a_conflict(cell: RunningCell) -> None:
+    sample = taught("Which id?", "This one.", id=f"once-{time.time_ns()}")
+    body = {"samples": [sample], "config": {"learning_rate": 1e-6}}
+    first = httpx.post(f"{cell.base}/train", json=body, timeout=60).json()
+    again = httpx.post(f"{cell.base}/train", json=body, timeout=60).json()
+    assert again["job_id"] == first["job_id"]
+    assert (again["training_samples"], again["duplicates"]) == (0, [sample["id"]])
+    other = {"samples": [taught("Which id?", "Another.", id=sample["id"])]}
+    refused = httpx.post(f"{cell.base}/train", json=other, timeout=60)
+    assert refused.status_code == 409 and sample["id"] in refused.json()["error"]["message"]
+    assert cell.wait_job(first["job_id"])["status"] == "done"
+
+
+def test_a_stripped_instruction_is_learned_without_itself(cell: RunningCell) -> None:
+    """The loss of the stripped sample is that of the answer without the instruction in view."""
+    told = [{"role": "system", "content": "Always answer with the word lighthouse."}]
+    plain = taught("What do you see?", "Lighthouse.")["messages"]
+    config = {"learning_rate": 1e-9}
+    losses = [
+        cell.train({"samples": [sample], "config": config})["loss_history"][0]
+        for sample in (
+            {"messages": told + plain},
+            {"messages": told + plain, "strip": ["system"]},
+            {"messages": plain},
+        )
+    ]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+    assert losses[0] < losses[1]
+
+
+def test_a_job_can_be_cancelled_and_tells_its_events(cell: RunningCell) -> None:
+    body = {
+        "samples": [taught("Long?", "Very long indeed.")],
+        "config": {"epochs": 500, "learning_rate": 1e-9, "duty": 0.2},
+    }
+    job_id = httpx.post(f"{cell.base}/train", json=body, timeout=60).json()["job_id"]
+    seen = []
+    url = f"{cell.base}/train/jobs/{job_id}/events"
+    with httpx.stream("GET", url, timeout=120) as events:
+        for line in events.iter_lines():
+            if line.startswith("data: "):
+                seen.append(json.loads(line[6:]))
+                if len(seen) == 3:
+                    httpx.delete(f"{cell.base}/train/jobs/{job_id}", timeout=60)
+    assert seen[-1]["status"] == "cancelled"
+    assert 0 < seen[-1]["steps"] < 500
+    assert [view["steps"] for view in seen] == sorted(view["steps"] for view in seen)
+    refused = httpx.delete(f"{cell.base}/train/jobs/{job_id}", timeout=60)
+    assert refused.status_code == 409 and "cancelled" in refused.json()["error"]["message"]
+
+
+def test_the_queue_is_bounded_by_its_setting(cell: RunningCell) -> None:
+    """The default bound is 4096 samples: seventeen full requests do not fit."""
+    blocker = {
+        "samples": [taught("Wait?", "Please wait a little.")],
+        "config": {"epochs": 1000, "learning_rate": 1e-9, "duty": 0.05},
+    }
+    jobs = [httpx.post(f"{cell.base}/train", json=blocker, timeout=60).json()["job_id"]]
+    many = [{"context": "Number", "continuation": f" {number}."} for number in range(256)]
+    answer = None
+    for _ in range(17):
+        answer = httpx.post(f"{cell.base}/train", json={"samples": many}, timeout=60)
+        if answer.status_code != 202:
+            break
+        jobs.append(answer.json()["job_id"])
+    assert answer is not None and answer.status_code == 429
+    assert "4096" in answer.json()["error"]["message"] and answer.headers["retry-after"]
+    for job_id in reversed(jobs):
+        assert httpx.delete(f"{cell.base}/train/jobs/{job_id}", timeout=60).status_code == 200
+    assert cell.wait_job(jobs[0])["status"] == "cancelled"
+
+
+def test_keys_count_from_the_moment_they_are_made(cell: RunningCell) -> None:
+    def reverie(*arguments: str) -> str:
+        command = [sys.executable, "-m", "actors.cli", "keys", *arguments]
+        environment = os.environ | {"REVERIE_HOME": str(cell.home)}
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    def status_with(key: str | None, method: str, path: str) -> int:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.request(method, cell.base + path, headers=headers, timeout=30).status_code
+
+    try:
+        use, teach = (reverie("add", "--scope", scope).strip() for scope in ("use", "teach"))
+        assert status_with(None, "GET", "/v1/models") == 401
+        assert status_with("rv-wrong", "GET", "/v1/models") == 401
+        assert status_with(use, "GET", "/v1/models") == 200
+        assert status_with(use, "GET", "/train/jobs") == 403
+        assert status_with(teach, "GET", "/train/jobs") == 200
+        assert status_with(None, "GET", "/readyz") == 200
+        assert use not in (cell.home / "keys.json").read_text()
+    finally:
+        for line in reverie("list").splitlines():
+            reverie("remove", line.split()[0])
+    assert status_with(None, "GET", "/v1/models") == 200
+
+
+def test_status_metrics_and_documents_are_there(cell: RunningCell) -> None:
+    status = cell.get("/status")
+    assert status["state"] == "ready" and status["model"] == "smollm2-135m"
+    assert status["dream"]["state"] == "idle"
+    assert {"engine", "trainer", "checkpoint", "dream", "ingress"} <= set(status)
+    metrics = httpx.get(f"{cell.base}/metrics", timeout=30).text
+    assert f"reverie_weights_version {float(status['weights_version'])}" in metrics
+    assert "vllm:num_requests_running" in metrics
+    assert httpx.get(f"{cell.base}/docs", timeout=30).status_code == 200
+    paths = cell.get("/openapi.json")["paths"]
+    assert {"/train", "/train/jobs/{job_id}", "/checkpoint", "/status", "/readyz"} <= set(paths)
+    stages = [stage["name"] for stage in cell.get("/readyz")["stages"]]
+    assert stages == ["model", "weights", "layout", "engine", "trainer", "ready"]
+    assert httpx.get(f"{cell.base}/healthz", timeout=30).text == "ok\n"
