@@ -111,7 +111,7 @@ class Cell:
         Returns what became of the checkpoint, in words.
         """
         was_ready = self._state == "ready"
-        self._state, self._reason = "stopping", "the cell is stopping"
+        self._state, self._reason = "stopping", "it was asked to stop"
         if self._run is not None:
             self._run.cancel()
             await asyncio.wait([self._run], timeout=5)

@@ -184,8 +184,7 @@ def _show_memory(status: dict[str, Any]) -> None:
 
 
 def memory_of(pid: int) -> tuple[int, int, int] | None:
-    """Of process `pid`, in bytes: weight pages it shares with others, weight pages that are its own,
-    and all its private memory.
+    """Of process `pid`, in bytes: shared weight pages, own weight pages, all its private memory.
 
     From /proc/PID/smaps. None if this machine has no such process.
     """

@@ -24,6 +24,7 @@ from actors.versions import VersionCounter
 KEEP_ALIVE_S: Final = 600
 """Idle time of the ingress's pooled connections; longer than any pause of a client's."""
 SOCKET_BACKLOG: Final = 1024
+MAX_ANSWERS_PER_REQUEST: Final = 64
 VLLM_FILES: Final = ("psm_", "sem.mp-")
 """Names that Python's multiprocessing gives to the queues between vLLM's processes."""
 
@@ -157,6 +158,7 @@ def _environment(settings: Settings) -> dict[str, str]:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
         "VLLM_SERVER_DEV_MODE": "0",
+        "VLLM_MAX_N_SEQUENCES": str(MAX_ANSWERS_PER_REQUEST),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

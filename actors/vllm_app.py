@@ -38,6 +38,8 @@ async def build_vllm_app(llm: Any, arguments: Namespace) -> Any:
     num_parameters = len(inspect.signature(build_app).parameters)
     app = build_app(*(arguments, tasks, llm.model_config)[:num_parameters])
     await init_app_state(llm, app.state, arguments, tasks)
+    for path in app.state.openai_serving_models.base_model_paths:
+        path.model_path = path.name  # `/v1/models` shows it, and this machine's paths stay inside.
     return app
 
 

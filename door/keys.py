@@ -111,20 +111,25 @@ class KeyStore:
 
 
 def require_loopback(request: Request) -> None:
-    """Raises NotPermitted if a request came in over an address that others can reach.
+    """Raises NotPermitted if a request came in over an address, or by a name, that others can use.
 
-    The last guard where there are no keys: whoever bound Serve's proxy may not have asked us.
+    The last guard where there are no keys: whoever bound Serve's proxy may not have asked us, and
+    a web page whose name was made to resolve to this machine sends its own name as the host.
     """
     server = request.scope.get("server") or ("an unknown address", 0)
+    for reached in (str(server[0]), request.url.hostname or ""):
+        if not _is_loopback(reached):
+            raise NotPermitted(
+                f"this door was reached as {reached[:80]!r} and has no API keys; use 127.0.0.1, or "
+                "make a key with 'reverie keys add --scope teach' and send it"
+            )
+
+
+def _is_loopback(name: str) -> bool:
     try:
-        is_loopback = ip_address(server[0]).is_loopback
+        return ip_address(name).is_loopback
     except ValueError:
-        is_loopback = server[0] == "localhost"
-    if not is_loopback:
-        raise NotPermitted(
-            f"this door is open on {server[0]} and has no API keys; make one with "
-            "'reverie keys add --scope teach' and send it, or bind Serve to 127.0.0.1"
-        )
+        return name == "localhost"
 
 
 def _digest(key: str) -> str:

@@ -88,7 +88,9 @@ def model_dir(reverie_home: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cell(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[RunningCell]:
+def cell(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[RunningCell]:
     """One cell for the session, over its own copy of the model; stopped with Ctrl-C at the end.
 
     REVERIE_TEST_CELL names one that runs already (its home is REVERIE_HOME), which is left running.
@@ -96,6 +98,7 @@ def cell(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[
     if running := os.environ.get("REVERIE_TEST_CELL"):
         yield RunningCell(running, Path(os.environ["REVERIE_HOME"]))
         return
+    model_dir = request.getfixturevalue("model_dir")
     home, port = tmp_path_factory.mktemp("cell"), free_port()
     command = [sys.executable, "-m", "actors.cli", "up", "--port", str(port)]
     log = (home / "log").open("w")
@@ -124,5 +127,5 @@ def cell(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[
             process.kill()
     _, left = psutil.wait_procs(family, EXIT_TIMEOUT_S)
     # A process that has ended but that nobody waits for, in a container without an init, is gone.
-    running = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
-    assert not running, f"still running after Ctrl-C: {running}"
+    alive = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    assert not alive, f"still running after Ctrl-C: {alive}"

@@ -420,7 +420,7 @@ def test_a_chunked_body_is_refused_when_it_passes_the_limit(
     check_error(answer, train("chunked", b"", 413, f"limit of {BODY_LIMIT} bytes"), cell)
 
 
-HEAD = b"HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+HEAD = b"HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
 RAW = {
     "no HTTP": (b"HELLO\r\n\r\n", 400),
     "negative length": (b"POST /train HTTP/1.1\r\nContent-Length: -5\r\n\r\n{}", 400),

@@ -41,7 +41,15 @@ def taught(question: str, answer: str, **more: Any) -> dict[str, Any]:
 
 
 def test_the_official_client_lists_the_adopted_model(client: OpenAI, model: str) -> None:
-    assert [entry.id for entry in client.models.list().data] == [model] == ["smollm2-135m"]
+    (entry,) = client.models.list().data
+    assert entry.id == model == "smollm2-135m"
+    assert "/" not in str(entry.model_dump().get("root")), "a path of this machine leaks"
+
+
+def test_without_keys_a_request_by_another_name_is_refused(cell: RunningCell) -> None:
+    """A page whose name resolves to this machine (DNS rebinding) sends that name as its host."""
+    answer = httpx.get(f"{cell.base}/v1/models", headers={"host": "evil.example"}, timeout=30)
+    assert answer.status_code == 403 and "evil.example" in answer.json()["error"]["message"]
 
 
 def test_a_chat_is_answered_sensibly_and_names_its_version(client: OpenAI, model: str) -> None:
