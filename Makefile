@@ -18,7 +18,9 @@ BASE := $(VENV)/made-$(EXTRA)
 DEV  := $(VENV)/made-$(EXTRA)-dev
 LOCK := $(if $(filter cpu,$(EXTRA)),requirements-cpu.lock)
 
-# Bytecode is compiled at the first import of a module, and not for all of torch at once.
+# Bytecode is compiled at the first import of a module, and not for all of torch at once; so it must
+# be kept, whatever the caller's environment says: Ray starts many processes.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-input --no-compile --disable-pip-version-check
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 

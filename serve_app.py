@@ -22,7 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
-from actors.cell import NAMESPACE, connect, within
+from actors.calls import within
+from actors.cell import NAMESPACE, connect
 from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieError, Unavailable
 from actors.messages import MAX_ID_CHARS, CellReport, CheckpointRequest, JobView, TrainRequest
 from actors.settings import Settings

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 
 class StepBarrier:
-    """One stepper, one holder at a time; every wait has a limit."""
+    """One stepper, one holder at a time. The stepper waits as long as somebody holds: the cell
+    watches the holder, and restarts when it dies."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

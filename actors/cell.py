@@ -13,6 +13,7 @@ everything: end all four, and boot again from the public directory.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -23,14 +24,20 @@ from typing import Any, Final, TypeVar
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import run_dir
+from actors.calls import in_words, within
 from actors.checkpoint import Checkpointer
 from actors.dream import Dreamer
 from actors.engine import Engine
-from actors.errors import BootFailed, ReverieError
+from actors.errors import BootFailed
 from actors.messages import CellPaths, CellReport, CellState, Stage
 from actors.settings import Settings
 from actors.trainer import Trainer
@@ -42,6 +49,7 @@ ROLES: Final = ("engine", "trainer", "checkpoint", "dream")
 PLACEMENT_TIMEOUT_S: Final = 60
 ADOPT_TIMEOUT_S: Final = 3600
 CHILD_EXIT_TIMEOUT_S: Final = 15
+EVICT_TIMEOUT_S: Final = 20
 RESTART_PAUSE_S: Final = 0.5
 CONTROL_THREADS: Final = 4
 """Control calls that an actor answers at once, beside its work."""
@@ -95,6 +103,7 @@ class Cell:
         """State, stages and the last known reports of the four actors."""
         self._begin()
         return CellReport(
+            pid=os.getpid(),
             state=self._state,
             reason=self._reason,
             paths=self._paths,
@@ -195,6 +204,7 @@ class Cell:
 
     async def _boot(self) -> None:
         self._stages = []
+        await asyncio.to_thread(evict)
         adopted = await self._stage("model", self._adopt())
         state = self._settings.home / "state" / adopted.name
         state.mkdir(parents=True, exist_ok=True)
@@ -246,9 +256,7 @@ class Cell:
 
     async def _place(self) -> PlacementGroup:
         bundle = {"CPU": 1.0, **({"GPU": 1.0} if self._has_gpu() else {})}
-        group: PlacementGroup = placement_group(
-            [bundle], strategy="STRICT_PACK", name=f"cell-{self._boot_number}"
-        )
+        group: PlacementGroup = placement_group([bundle], strategy="STRICT_PACK", name=CELL)
         try:
             await within(group.ready(), PLACEMENT_TIMEOUT_S)
         except TimeoutError:
@@ -340,26 +348,23 @@ class Cell:
             return  # It is killed next, whatever it answered.
 
 
-async def within(call: Any, timeout_s: float) -> Any:
-    """The result of a remote call, or TimeoutError: no call is without a limit."""
+def evict() -> None:
+    """End what an earlier life of this actor left: the four actors, by name, and their place.
 
-    async def result() -> Any:
-        return await call
-
-    try:
-        return await asyncio.wait_for(result(), timeout_s)
-    except TimeoutError:
-        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
-
-
-def in_words(error: BaseException) -> str:
-    """The cause of a failure in one line, without Ray's wrapping."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    is_ours = isinstance(cause, ReverieError) or type(cause).__module__.startswith("apollo.")
-    if is_ours and lines:
-        return lines[0]
-    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
+    Raises BootFailed if a name does not become free.
+    """
+    for role in ROLES:
+        deadline = time.monotonic() + EVICT_TIMEOUT_S
+        while True:
+            try:
+                ray.kill(ray.get_actor(role, NAMESPACE), no_restart=True)
+            except ValueError:
+                break  # The name is free.
+            if time.monotonic() > deadline:
+                raise BootFailed(f"an earlier {role} actor does not end; restart Ray")
+            time.sleep(0.1)
+    with contextlib.suppress(ValueError):
+        remove_placement_group(get_placement_group(CELL))
 
 
 def _newest_stage(paths: CellPaths) -> str:

@@ -287,6 +287,7 @@ class Stage:
 class CellReport:
     """What the cell knows of itself: produced by the cell, consumed by the ingress and `up`."""
 
+    pid: int
     state: CellState
     reason: str | None
     paths: CellPaths | None

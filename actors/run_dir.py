@@ -39,9 +39,10 @@ def create() -> str:
     """A fresh private directory in shared memory; what dead cells of this user left is removed."""
     prefix = f"{PREFIX}{os.getuid()}-"
     for left in SHARED_MEMORY.glob(f"{prefix}*"):
-        owner = left / "owner"
-        if owner.exists() and not psutil.pid_exists(int(owner.read_text() or 0)):
-            remove(left)
+        with contextlib.suppress(FileNotFoundError):  # Another cell may be removing it too.
+            owner = (left / "owner").read_text()
+            if owner and not psutil.pid_exists(int(owner)):  # Empty: it is just being made.
+                remove(left)
     directory = Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED_MEMORY))
     (directory / "owner").write_text(str(os.getpid()))
     return str(directory)

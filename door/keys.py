@@ -45,7 +45,10 @@ class KeyStore:
                 stored = json.loads(self._path.read_text())
                 if stored["format"] != FORMAT:
                     raise ValueError(f"format {stored['format']!r}")
-                self._keys = list(stored["keys"])
+                self._keys = [
+                    {name: record[name] for name in ("id", "scope", "sha256", "created")}
+                    for record in stored["keys"]
+                ]
             except (ValueError, KeyError, TypeError) as error:
                 raise SettingsError(
                     f"keys.json cannot be read ({error}); mend it or remove it and add keys anew"

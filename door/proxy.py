@@ -47,6 +47,7 @@ class EngineProxy:
         Unavailable if the engine is gone before it answered anything.
         """
         first = self._versions.weights_version
+        answer: aiohttp.ClientResponse | None = None
         try:
             answer = await self._session.request(
                 request.method,
@@ -60,10 +61,16 @@ class EngineProxy:
             chunk = await (answer.content.readany() if is_stream else answer.read())
             if answer.status == 500 and not await self._is_engine_well():
                 raise Unavailable("the engine died; it restarts by itself, try again")
-        except TimeoutError:
-            raise Unavailable("the engine did not answer within the time limit") from None
-        except aiohttp.ClientError:
-            raise Unavailable("the engine went away; it restarts by itself, try again") from None
+        except BaseException as error:
+            if answer is not None:
+                answer.close()  # Also when our own client has gone: vLLM aborts the request.
+            if isinstance(error, TimeoutError):
+                raise Unavailable("the engine did not answer within the time limit") from None
+            if isinstance(error, aiohttp.ClientError):
+                raise Unavailable(
+                    "the engine went away; it restarts by itself, try again"
+                ) from None
+            raise
         if answer.status in (404, 405) and chunk.startswith(b'{"detail":'):
             # No such route of vLLM; that is the one error which it does not word as OpenAI does.
             raise HTTPException(answer.status, headers=_kept(answer.headers, ("allow",)))
@@ -72,8 +79,9 @@ class EngineProxy:
         if is_stream:
             return _Stream(answer, chunk, headers, self._versions, done)
         headers[LAST_VERSION_HEADER] = str(self._versions.weights_version)
+        response = Response(chunk, answer.status, headers)
         done()
-        return Response(chunk, answer.status, headers)
+        return response
 
     async def _is_engine_well(self) -> bool:
         """Whether vLLM's front end still has its engine process; without it, it answers 500."""
@@ -106,6 +114,8 @@ class _Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_disconnected(receive))
+        # Ends the wait for a chunk too: an engine that is silent must not outlive its client.
+        gone.add_done_callback(lambda _: self._answer.close())
         try:
             await send(
                 {
@@ -121,6 +131,9 @@ class _Stream(Response):
             first, last = self.headers[VERSION_HEADER], self._versions.weights_version
             comment = f": weights_version first={first} last={last}\n\n".encode()
             await send({"type": "http.response.body", "body": comment})
+        except aiohttp.ClientError:
+            if not gone.done():
+                raise
         finally:
             gone.cancel()
             self._answer.close()  # If it is not at its end, vLLM aborts the request.

@@ -27,6 +27,7 @@ def status_as_json(
         return {"state": "unreachable", "reason": "the cell does not answer"}
     shown = as_json(report)
     paths = shown.pop("paths")
+    shown["cell"] = {"pid": shown.pop("pid")}
     shown["model"] = None if paths is None else paths["model_dir"].rsplit("/", 1)[-1]
     shown["weights_version"] = None if versions is None else versions.weights_version
     shown["epoch"] = None if versions is None else versions.epoch

@@ -6,6 +6,7 @@ that another process would open.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -439,8 +440,8 @@ class Split:
         columns = (0, *self.column_cuts, self.columns)
         return [
             (top, left, bottom - top, right - left)
-            for top, bottom in zip(rows, rows[1:], strict=False)
-            for left, right in zip(columns, columns[1:], strict=False)
+            for top, bottom in pairwise(rows)
+            for left, right in pairwise(columns)
         ]
 
 

@@ -20,14 +20,22 @@ def test_killed_processes_come_back_and_no_acknowledged_sample_is_lost(
     script = Path(__file__).parents[1] / "experiments" / "kill_nine.py"
     command = [sys.executable, str(script), "--base", cell.base, "--home", str(cell.home)]
     done = subprocess.run(
-        [*command, "--times", "1", "--json", str(table)],
+        [
+            *command,
+            "--times",
+            "1",
+            "--victims",
+            "engine,trainer,ingress,cell",
+            "--json",
+            str(table),
+        ],
         capture_output=True,
         text=True,
         timeout=800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(table.read_text())
-    assert [row["victim"] for row in result["kills"]] == ["engine", "trainer", "ingress"]
+    assert [row["victim"] for row in result["kills"]] == ["engine", "trainer", "ingress", "cell"]
     assert result["samples"].get("trained", 0) > 0
     for row in result["kills"][:2]:
         assert row["not_ready_after_s"] < 10, row

@@ -98,7 +98,8 @@ def refuse_configuration(vllm_config: VllmConfig) -> None:
     if vllm_config.model_config.enable_sleep_mode:
         raise LayoutError("sleep mode: its allocator cannot export memory; start without it")
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if "expandable_segments:true" in os.environ.get(variable, "").lower():
+        # As torch reads it: blanks do not count.
+        if "expandable_segments:true" in "".join(os.environ.get(variable, "").lower().split()):
             raise LayoutError(f"{variable}: expandable_segments cannot be exported; unset it")
     parallel = vllm_config.parallel_config
     if parallel.world_size != 1:

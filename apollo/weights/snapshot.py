@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from apollo.weights.adopt import copy_file
@@ -32,8 +32,8 @@ class SnapshotError(RuntimeError):
 def write_weights(tensors: Mapping[str, torch.Tensor], public: Path, hidden: Path) -> int:
     """Write every safetensors file of `public` into `hidden` with the live values; bytes written.
 
-    The caller holds the weights still. Raises OSError (a full disk), SnapshotError (a tensor of the
-    public directory is not live).
+    The caller holds the weights still. Raises OSError or SnapshotError on a full disk, and
+    SnapshotError for a tensor of the public directory that is not live.
     """
     written = 0
     for source in sorted(public.glob("*.safetensors")):
@@ -43,7 +43,11 @@ def write_weights(tensors: Mapping[str, torch.Tensor], public: Path, hidden: Pat
         if missing:
             raise SnapshotError(f"{missing[0]}: is published but not among the live weights")
         target = hidden / source.name
-        save_file({name: tensors[name].contiguous() for name in names}, target, metadata=metadata)
+        values = {name: tensors[name].contiguous() for name in names}
+        try:
+            save_file(values, target, metadata=metadata)
+        except SafetensorError as error:  # Not an OSError, even when the disk is full.
+            raise SnapshotError(f"{source.name} could not be written: {error}") from None
         sync(target)
         written += target.stat().st_size
     return written
@@ -53,11 +57,18 @@ def verify_weights(tensors: Mapping[str, torch.Tensor], directory: Path) -> None
     """Read a directory as a stock loader would; raises SnapshotError at the first differing bit."""
     left = set(tensors)
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as opened:
-            for name in list(opened.keys()):
-                if not torch.equal(_bytes(opened.get_tensor(name)), _bytes(tensors[name].cpu())):
-                    raise SnapshotError(f"{name}: reads back differently from what was written")
-                left.discard(name)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in list(opened.keys()):
+                    if name not in left:
+                        raise SnapshotError(f"{name}: is not live, or is in two files")
+                    if not torch.equal(
+                        _bytes(opened.get_tensor(name)), _bytes(tensors[name].cpu())
+                    ):
+                        raise SnapshotError(f"{name}: reads back differently from what was written")
+                    left.discard(name)
+        except SafetensorError as error:
+            raise SnapshotError(f"{path.name} cannot be read back: {error}") from None
     if left:
         raise SnapshotError(f"{min(left)}: is live but in no file of the directory")
 

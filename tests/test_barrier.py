@@ -1,0 +1,133 @@
+"""The step barrier: one step or one hold at a time, holders first, every wait limited."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from actors.barrier import StepBarrier
+
+LIMIT_S = 20.0
+"""Only a deadlock takes this long."""
+SHORT_S = 0.01
+
+
+def started(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def ended(thread: threading.Thread) -> bool:
+    thread.join(LIMIT_S)
+    return not thread.is_alive()
+
+
+def test_hold_and_release() -> None:
+    barrier = StepBarrier()
+    token = barrier.hold(LIMIT_S)
+    assert token is not None
+    assert barrier.release(token)
+    with barrier.step():
+        pass
+
+
+def test_hold_waits_for_the_step_in_progress() -> None:
+    barrier, order, is_stepping = StepBarrier(), [], threading.Event()
+    go_on = threading.Event()
+
+    def step() -> None:
+        with barrier.step():
+            is_stepping.set()
+            assert go_on.wait(LIMIT_S)
+            order.append("step over")
+
+    def hold() -> None:
+        assert barrier.hold(LIMIT_S) is not None
+        order.append("held")
+
+    stepper = started(step)
+    assert is_stepping.wait(LIMIT_S)
+    holder = started(hold)
+    holder.join(SHORT_S)
+    assert holder.is_alive()
+    go_on.set()
+    assert ended(holder) and ended(stepper)
+    assert order == ["step over", "held"]
+
+
+def test_step_waits_for_the_holder() -> None:
+    barrier, order = StepBarrier(), []
+    token = barrier.hold(LIMIT_S)
+    assert token is not None
+
+    def step() -> None:
+        with barrier.step():
+            order.append("step")
+
+    stepper = started(step)
+    stepper.join(SHORT_S)
+    assert stepper.is_alive()
+    order.append("release")
+    assert barrier.release(token)
+    assert ended(stepper)
+    assert order == ["release", "step"]
+
+
+def test_holder_goes_before_the_next_step_of_a_busy_stepper() -> None:
+    barrier, steps, stop = StepBarrier(), [0], threading.Event()
+
+    def step_back_to_back() -> None:
+        while not stop.is_set():
+            with barrier.step():
+                steps[0] += 1
+
+    stepper = started(step_back_to_back)
+    for _ in range(50):
+        token = barrier.hold(LIMIT_S)
+        assert token is not None
+        before = steps[0]
+        threading.Event().wait(0.001)
+        assert steps[0] == before, "no step runs under a hold"
+        assert barrier.release(token)
+    stop.set()
+    assert ended(stepper)
+
+
+def test_hold_gives_up_after_its_limit_and_steps_go_on() -> None:
+    barrier = StepBarrier()
+    with barrier.step():
+        assert barrier.hold(SHORT_S) is None
+    with barrier.step():
+        pass
+    token = barrier.hold(LIMIT_S)
+    assert token is not None and barrier.release(token)
+
+
+def test_second_holder_waits_for_the_first() -> None:
+    barrier = StepBarrier()
+    first = barrier.hold(LIMIT_S)
+    assert first is not None
+    assert barrier.hold(SHORT_S) is None
+    assert barrier.release(first)
+    second = barrier.hold(LIMIT_S)
+    assert second is not None and second != first
+
+
+def test_release_of_a_hold_that_is_over_says_so() -> None:
+    barrier = StepBarrier()
+    first = barrier.hold(LIMIT_S)
+    assert first is not None
+    assert barrier.release(first)
+    assert not barrier.release(first)
+    second = barrier.hold(LIMIT_S)
+    assert second is not None
+    assert not barrier.release(first), "an old token does not end a new hold"
+    assert barrier.release(second)
+
+
+def test_step_that_fails_frees_the_barrier() -> None:
+    barrier = StepBarrier()
+    with pytest.raises(ZeroDivisionError), barrier.step():
+        raise ZeroDivisionError
+    assert barrier.hold(SHORT_S) is not None
