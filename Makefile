@@ -36,6 +36,7 @@ endif
 # The shell is replaced, so that Ctrl-C reaches `reverie` and nothing else.
 serve: environment
 	printf '[%5d s] environment\n' $$(($$(date +%s) - $(BEGUN)))
+	export REVERIE_ELAPSED_S=$$(($$(date +%s) - $(BEGUN)))
 	exec $(BIN)/reverie up --model '$(MODEL)' --port '$(PORT)'
 
 demo: environment

@@ -23,7 +23,8 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from actors.calls import within
-from actors.cell import NAMESPACE, connect
+from actors.cell import connect
+from actors.ending import NAMESPACE
 from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieError, Unavailable
 from actors.messages import MAX_ID_CHARS, CellReport, CheckpointRequest, JobView, TrainRequest
 from actors.settings import Settings
@@ -144,7 +145,7 @@ class Ingress:
             try:
                 self._report = await within(self._cell.report.remote(), POLL_TIMEOUT_S)
                 await self._adopt_boot(self._report)
-            except (RayError, TimeoutError, OSError):
+            except Exception:  # Whatever it was: a state that is not known is not ready.
                 self._report = None
             await asyncio.sleep(POLL_INTERVAL_S)
 
@@ -340,7 +341,8 @@ class Ingress:
 def build_app(arguments: dict[str, Any]) -> serve.Application:
     """The Serve application of one cell; `arguments` are settings as `group.key: value`.
 
-    Raises SettingsError for an unknown key, a bad value, or a public address without keys.
+    Raises SettingsError for an unknown key or a bad value. Without keys, requests that come in over
+    a public address are refused one by one: this function is not told where Serve listens.
     """
     settings = Settings.from_pairs(arguments)
     return Ingress.bind(settings)  # type: ignore[attr-defined,no-any-return]

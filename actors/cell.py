@@ -13,9 +13,7 @@ everything: end all four, and boot again from the public directory.
 """
 
 import asyncio
-import contextlib
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Awaitable
@@ -24,18 +22,14 @@ from typing import Any, Final, TypeVar
 
 import psutil
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import run_dir
 from actors.calls import in_words, within
 from actors.checkpoint import Checkpointer
 from actors.dream import Dreamer
+from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.engine import Engine
 from actors.errors import BootFailed
 from actors.messages import CellPaths, CellReport, CellState, Stage
@@ -43,13 +37,10 @@ from actors.settings import Settings
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
 
-NAMESPACE: Final = "reverie"
-CELL: Final = "cell"
-ROLES: Final = ("engine", "trainer", "checkpoint", "dream")
 PLACEMENT_TIMEOUT_S: Final = 60
+START_TIMEOUT_S: Final = 60
+ENGINE_STOP_TIMEOUT_S: Final = 20
 ADOPT_TIMEOUT_S: Final = 3600
-CHILD_EXIT_TIMEOUT_S: Final = 15
-EVICT_TIMEOUT_S: Final = 20
 RESTART_PAUSE_S: Final = 0.5
 CONTROL_THREADS: Final = 4
 """Control calls that an actor answers at once, beside its work."""
@@ -81,7 +72,9 @@ class Cell:
         self._stages: list[Stage] = []
         self._restarts: deque[float] = deque()
         self._num_restarts = 0
-        self._boot_number = 0
+        self._boot_number = int(time.time())  # Unlike any of an earlier life of this actor.
+        self._has_run = False
+        self._children: list[psutil.Process] = []
         self._paths: CellPaths | None = None
         self._actors: dict[str, Any] = {}
         self._reports: dict[str, Any] = {}
@@ -96,7 +89,13 @@ class Cell:
 
     def _begin(self) -> None:
         if self._run is None:
+            self._has_run = ray.get_runtime_context().was_current_actor_reconstructed
             self._run = asyncio.create_task(self._supervise())
+            self._run.add_done_callback(self._ended_unasked)
+
+    def _ended_unasked(self, run: asyncio.Task[None]) -> None:
+        if not run.cancelled() and run.exception() is not None:
+            self._state, self._reason = "failed", f"supervision ended: {run.exception()}"
 
     @ray.method
     async def report(self) -> CellReport:
@@ -127,7 +126,7 @@ class Cell:
         note = "nothing to save"
         if was_ready:
             note = await self._save()
-            await self._ended(self._actors["engine"].stop.remote(), 20)
+            await self._ended(self._actors["engine"].stop.remote(), ENGINE_STOP_TIMEOUT_S)
         await self._tear_down()
         for lock in self._locks:
             os.close(lock)
@@ -154,12 +153,13 @@ class Cell:
             self._boot_number += 1
             try:
                 await self._boot()
-                self._state, self._reason = "ready", None
+                self._state, self._reason, self._has_run = "ready", None, True
                 why = await self._watch()
             except asyncio.CancelledError:
                 raise
             except Exception as error:
                 why = in_words(error)
+            why = why.replace(str(self._settings.home), "REVERIE_HOME")
             self._state, self._reason = "recovering", why
             await self._tear_down()
             if not self._may_restart():
@@ -174,8 +174,7 @@ class Cell:
         self._num_restarts += 1
         while self._restarts and now - self._restarts[0] > cell.restart_window_s:
             self._restarts.popleft()
-        has_never_run = self._num_restarts == 1 and not self._reports
-        return len(self._restarts) <= cell.max_restarts and not has_never_run
+        return len(self._restarts) <= cell.max_restarts and self._has_run
 
     async def _watch(self) -> str:
         """Wait until something is wrong with one of the four; returns what."""
@@ -194,11 +193,19 @@ class Cell:
                 report = await within(self._actors[role].report.remote(), cell.hang_timeout_s)
             except Exception as error:
                 return f"the {role} actor died or hangs: {in_words(error)}"
-            self._reports[role] = report
+            self._note(role, report)
             reason = getattr(report, "reason", None)
             if reason is not None:
                 return f"{role}: {reason}"
             await asyncio.sleep(cell.check_interval_s)
+
+    def _note(self, role: str, report: Any) -> None:
+        """Keep a report, and hold on to its processes: by more than a number that may be reused."""
+        known = self._reports.get(role)
+        self._reports[role] = report
+        pids = (report.pid, *getattr(report, "child_pids", ()))
+        if known is None or pids != (known.pid, *getattr(known, "child_pids", ())):
+            self._children += alive(pids)
 
     # Boot, in order.
 
@@ -216,12 +223,11 @@ class Cell:
         VersionCounter.create(self._paths.versions)
         self._group = await self._place()
         self._create_actors(self._paths)
-        self._reports["engine"] = await self._start_engine(self._paths)
-        self._reports["trainer"] = await self._stage(
-            "trainer", self._start("trainer", self._settings.trainer.attach_timeout_s)
-        )
-        self._reports["checkpoint"] = await self._start("checkpoint", 60)
-        self._reports["dream"] = await within(self._actors["dream"].report.remote(), 60)
+        self._note("engine", await self._start_engine(self._paths))
+        attaching = self._start("trainer", self._settings.trainer.attach_timeout_s)
+        self._note("trainer", await self._stage("trainer", attaching))
+        self._note("checkpoint", await self._start("checkpoint", START_TIMEOUT_S))
+        self._note("dream", await within(self._actors["dream"].report.remote(), START_TIMEOUT_S))
         self._stages.append(Stage("ready", 0.0, True))
 
     async def _stage(self, name: str, work: Awaitable[T]) -> T:
@@ -276,7 +282,7 @@ class Cell:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, 0),
         }
         remote: Any = ray.remote  # Its stubs do not know this argument.
-        with_control = remote(concurrency_groups={"control": CONTROL_THREADS})
+        with_control = remote(concurrency_groups={"control": CONTROL_THREADS, "report": 1})
         both = (self._settings, paths)
         trainer = with_control(Trainer).options(name="trainer", **shared).remote(*both)
         self._actors = {
@@ -325,15 +331,10 @@ class Cell:
 
     async def _tear_down(self) -> None:
         """End the four actors and vLLM's processes, by id, and free the shared memory."""
-        engine = self._reports.get("engine")
-        children = _alive(engine.child_pids) if engine is not None else []
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
-        self._actors = {}
-        if children:
-            _, stubborn = await asyncio.to_thread(psutil.wait_procs, children, CHILD_EXIT_TIMEOUT_S)
-            for process in stubborn:
-                process.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(wait_or_kill, self._children)
+        self._actors, self._reports, self._children = {}, {}, []
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
@@ -348,38 +349,9 @@ class Cell:
             return  # It is killed next, whatever it answered.
 
 
-def evict() -> None:
-    """End what an earlier life of this actor left: the four actors, by name, and their place.
-
-    Raises BootFailed if a name does not become free.
-    """
-    for role in ROLES:
-        deadline = time.monotonic() + EVICT_TIMEOUT_S
-        while True:
-            try:
-                ray.kill(ray.get_actor(role, NAMESPACE), no_restart=True)
-            except ValueError:
-                break  # The name is free.
-            if time.monotonic() > deadline:
-                raise BootFailed(f"an earlier {role} actor does not end; restart Ray")
-            time.sleep(0.1)
-    with contextlib.suppress(ValueError):
-        remove_placement_group(get_placement_group(CELL))
-
-
 def _newest_stage(paths: CellPaths) -> str:
     """The stage that vLLM's loader entered last."""
     try:
         return Path(paths.progress).read_text().split()[-1]
     except (FileNotFoundError, IndexError):
         return ENGINE_STAGES[0]
-
-
-def _alive(pids: tuple[int, ...]) -> list[psutil.Process]:
-    processes = []
-    for pid in pids:
-        try:
-            processes.append(psutil.Process(pid))
-        except psutil.NoSuchProcess:
-            continue
-    return processes

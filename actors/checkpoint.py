@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
-from actors.errors import CheckpointFailed, ReverieError
+from actors.errors import CheckpointFailed, ReverieError, Unavailable
 from actors.messages import CellPaths, Checkpoint, CheckpointReport
 from actors.settings import Settings
 
@@ -51,7 +52,7 @@ class Checkpointer:
         self._tensors = Mapping(layout, is_writable=False).tensors()
         return self._describe()
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="report")
     def report(self) -> CheckpointReport:
         """Which generation is public."""
         return self._describe()
@@ -77,6 +78,12 @@ class Checkpointer:
             return self._commit(begun)
         except ReverieError:
             raise
+        except RayTaskError as error:
+            if isinstance(error.cause, ReverieError):
+                raise error.cause from None
+            raise
+        except RayError:  # Before OSError, which a timeout of Ray's also is.
+            raise Unavailable("the trainer does not answer; nothing was published") from None
         except (OSError, SnapshotError) as error:
             raise CheckpointFailed(
                 f"nothing was published: {_words(error)}; what is served is unchanged, free some "
@@ -93,7 +100,6 @@ class Checkpointer:
             timeout=self._settings.trainer.step_timeout_s + RELEASE_TIMEOUT_S,
         )
         held = time.monotonic()
-        is_intact = False
         try:
             if hold.weights_version == public.weights_version:
                 return Checkpoint(

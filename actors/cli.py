@@ -86,7 +86,8 @@ def check_address(settings: Settings) -> None:
             f"host={settings.host}: anybody who reaches it could teach the model; make a key first "
             "with 'reverie keys add --scope teach', or use 127.0.0.1"
         )
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
@@ -115,7 +116,8 @@ def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> 
         os.environ.setdefault(name, value)
     import ray
 
-    from actors.cell import NAMESPACE, connect
+    from actors.cell import connect
+    from actors.ending import NAMESPACE
 
     is_local = ray_address == "local"
     node: dict[str, Any] = {
@@ -216,7 +218,7 @@ def stop(cell: Any, clock: Clock, is_local: bool) -> None:
     except Exception as error:
         clock.say(f"the cell did not stop by itself: {type(error).__name__}")
     if not is_local:
-        serve.shutdown()
+        serve.delete("reverie")
         ray.kill(cell)
     ray.shutdown()
     clock.say("stopped")

@@ -89,6 +89,22 @@ class Database:
         with self._lock:
             self._db.close()
 
+    def claim(self, adopted: float) -> None:
+        """Tie this ledger to the adoption (its time) that its steps build on.
+
+        Raises SettingsError where it belongs to another one: to teach its samples to a model that
+        was adopted anew would bring back what somebody removed.
+        """
+        with self._transaction() as db:
+            known = self._row("SELECT value FROM cell WHERE key = 'adopted'")
+            if known is None:
+                db.execute("INSERT INTO cell VALUES ('adopted', ?)", (adopted,))
+            elif known["value"] != adopted:
+                raise SettingsError(
+                    "the model was adopted anew, but its ledger is that of the one before; move "
+                    "REVERIE_HOME/state/NAME away to start afresh"
+                )
+
     def _prepare(self, path: str) -> None:
         found = self._scalar("PRAGMA user_version")
         if found > _SCHEMA_VERSION:

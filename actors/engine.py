@@ -17,7 +17,7 @@ import ray
 
 from actors.errors import BootFailed
 from actors.messages import CellPaths, EngineReport
-from actors.run_dir import SHARED_MEMORY
+from actors.run_dir import SHARED_MEMORY, VLLM_FILES
 from actors.settings import Settings
 from actors.versions import VersionCounter
 
@@ -25,8 +25,6 @@ KEEP_ALIVE_S: Final = 600
 """Idle time of the ingress's pooled connections; longer than any pause of a client's."""
 SOCKET_BACKLOG: Final = 1024
 MAX_ANSWERS_PER_REQUEST: Final = 64
-VLLM_FILES: Final = ("psm_", "sem.mp-")
-"""Names that Python's multiprocessing gives to the queues between vLLM's processes."""
 
 
 class Engine:
@@ -148,7 +146,8 @@ class Engine:
 
 def _environment(settings: Settings) -> dict[str, str]:
     engine = settings.engine
-    return {
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if settings.device == "cpu" else {}
+    return hidden | {
         "OMP_NUM_THREADS": str(engine.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_HOST_IP": "127.0.0.1",

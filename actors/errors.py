@@ -95,12 +95,6 @@ class SettingsError(ReverieError):
     kind = "settings_error"
 
 
-class ModelRefused(ReverieError):
-    """The model cannot be taught as it is: quantised, incomplete, or not mapped exactly."""
-
-    kind = "model_error"
-
-
 class BootFailed(ReverieError):
     """The cell did not come up; the message carries the stage and its cause."""
 

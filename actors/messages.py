@@ -89,7 +89,7 @@ class TrainConfig(_Posted):
     epochs: int = Field(default=1, ge=1, le=1000)
     warmup_steps: int = Field(default=0, ge=0, le=100_000)
     objective: Literal["sft"] = "sft"
-    duty: float | None = Field(default=None, gt=0, le=1)
+    duty: float | None = Field(default=None, ge=0.01, le=1)
     """Share of the time the trainer computes; None takes the cell's setting."""
 
 
@@ -280,7 +280,6 @@ class Stage:
     name: str
     seconds: float
     is_done: bool
-    note: str = ""
 
 
 @dataclass(frozen=True)

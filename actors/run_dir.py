@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,8 @@ from actors.messages import CellPaths
 
 SHARED_MEMORY: Final = Path("/dev/shm")
 PREFIX: Final = "reverie-"
+VLLM_FILES: Final = ("psm_", "sem.mp-")
+"""Names that Python's multiprocessing gives to the queues between vLLM's processes."""
 
 
 def lock(path: Path, model: str) -> int:
@@ -40,6 +43,9 @@ def create() -> str:
     prefix = f"{PREFIX}{os.getuid()}-"
     for left in SHARED_MEMORY.glob(f"{prefix}*"):
         with contextlib.suppress(FileNotFoundError):  # Another cell may be removing it too.
+            status = left.lstat()
+            if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+                continue  # A stranger's: whatever it says, nothing is removed on its word.
             owner = (left / "owner").read_text()
             if owner and not psutil.pid_exists(int(owner)):  # Empty: it is just being made.
                 remove(left)
@@ -53,5 +59,7 @@ def remove(directory: Path) -> None:
     paths = CellPaths("", str(directory), "")
     with contextlib.suppress(FileNotFoundError):
         for name in Path(paths.vllm_files).read_text().split():
-            Path(name).unlink(missing_ok=True)
+            left = SHARED_MEMORY / Path(name).name
+            if left.name.startswith(VLLM_FILES):
+                left.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

@@ -9,7 +9,14 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from actors.errors import SettingsError
 
@@ -21,7 +28,11 @@ MIB = 1024**2
 
 class _Group(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
     )
 
 
@@ -51,7 +62,7 @@ class TrainerSettings(_Group):
     """Threads of the trainer's tensor arithmetic."""
     nice: int = Field(default=5, ge=0, le=19)
     """Scheduling priority of the trainer below the engine: serving goes first."""
-    duty: float = Field(default=1.0, gt=0, le=1)
+    duty: float = Field(default=1.0, ge=0.01, le=1)
     """Share of the time the trainer may compute; it sleeps for the rest. A job may ask for less."""
     rank: int = Field(default=64, ge=2, le=8192)
     """Rank of APOLLO's projection; a matrix whose smaller side is not above it gets plain Adam."""
@@ -131,6 +142,11 @@ class Settings(_Group):
     trainer: TrainerSettings = TrainerSettings()
     limits: LimitSettings = LimitSettings()
     cell: CellSettings = CellSettings()
+
+    @field_validator("home")
+    @classmethod
+    def _make_absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:

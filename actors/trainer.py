@@ -13,6 +13,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,10 +41,11 @@ from actors.versions import VersionCounter
 
 if TYPE_CHECKING:
     from apollo.learning.samples import Example
-    from apollo.learning.step import Learner, StepReport
+    from apollo.learning.step import Learner
 
 IDLE_WAIT_S: Final = 1.0
 DISK_RETRY_S: Final = 2.0
+REST_SLICE_S: Final = 0.5
 STOP_TIMEOUT_S: Final = 60
 
 
@@ -111,9 +113,10 @@ class Trainer:
             getattr(module.config, "max_position_embeddings", self._settings.engine.max_model_len),
         )
         self._ledger = Ledger(Path(self._paths.ledger))
-        self._versions.weights_version = self._ledger.recover(
-            manifest.require(model_dir).weights_version
-        )
+        public = manifest.require(model_dir)
+        if public.generation == 0:
+            self._ledger.claim(public.created)
+        self._versions.weights_version = self._ledger.recover(public.weights_version)
         self._thread.start()
         return self._describe()
 
@@ -142,11 +145,16 @@ class Trainer:
     @ray.method(concurrency_group="control")
     def cancel(self, job_id: str) -> JobView:
         """Cancel a job: at once if queued, after the step in progress if training."""
-        view = self._ledger.cancel(job_id)
+        try:
+            view = self._ledger.cancel(job_id)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            raise Unavailable("the disk is full: free some space and cancel again") from None
         self._wake.set()
         return view
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="report")
     def report(self) -> TrainerReport:
         """What the trainer is doing."""
         return self._describe()
@@ -174,6 +182,8 @@ class Trainer:
 
         Raises Unavailable if a step does not end, or if these weights must not be kept.
         """
+        if self._paused is not None:
+            raise Unavailable(f"training is paused: {self._paused}")
         token = self._barrier.hold(self._settings.trainer.step_timeout_s)
         if token is None:
             raise Unavailable("the step in progress did not end in time; try again later")
@@ -246,8 +256,11 @@ class Trainer:
 
     def _run(self, job: QueuedJob) -> None:
         """Train one job to its end, its failure, its cancellation, or the trainer's stop."""
+        from apollo.learning.step import NonFiniteLoss
+
         try:
-            self._ledger.start_job(job.job_id, self._versions.weights_version)
+            version = self._versions.weights_version
+            self._when_there_is_room(lambda: self._ledger.start_job(job.job_id, version))
         except Conflict:
             return  # It was cancelled just before.
         self._job_id, self._steps = job.job_id, job.steps_done
@@ -261,7 +274,7 @@ class Trainer:
                     state = "cancelled"
                     break
                 self._step(job, index)
-        except (StepFailed, ArithmeticError) as failure:
+        except (StepFailed, NonFiniteLoss) as failure:
             state, error = "failed", str(failure)
         except sqlite3.Error as failure:
             # The step is made but not recorded: the cell restarts without it and makes it again.
@@ -270,13 +283,16 @@ class Trainer:
         except Exception as failure:
             # Half a step may be in the weights: the cell restarts without it, and without this job.
             state, error = "failed", f"a step broke off: {type(failure).__name__}: {failure}"
-            self._spoiled = self._reason = error
+            self._spoiled = error
+            self._versions.weights_version += 1  # Of those reserved: it is another state now.
             self._stopping.set()
         finally:
             self._job_id = None
         # Before anybody can read `done`: the next request must not see the old epoch's prefixes.
         self._versions.next_epoch()
-        self._ledger.finish_job(job.job_id, state, self._versions.weights_version, error)
+        end = (job.job_id, state, self._versions.weights_version, error)
+        self._when_there_is_room(lambda: self._ledger.finish_job(*end))
+        self._reason = self._spoiled  # Only now: the cell restarts on it.
 
     def _step(self, job: QueuedJob, index: int) -> None:
         from apollo.learning.samples import Example
@@ -293,37 +309,35 @@ class Trainer:
             version = self._versions.weights_version
             if (index + 1) % self._settings.trainer.epoch_steps == 0:
                 self._versions.next_epoch()
-            self._record(job.job_id, index, sample.id, version, report, seconds)
+            step = (job.job_id, index, sample.id, version, report.loss, seconds)
+            self._when_there_is_room(lambda: self._ledger.record_step(*step))
         self._steps, self._last_loss, self._last_step_s = index + 1, report.loss, seconds
         if report.skipped:
             raise StepFailed(
                 f"step {index + 1}, sample {sample.id}: the gradient of {report.skipped[0]} is not "
                 f"finite ({len(report.skipped)} tensors were left alone); lower learning_rate"
             )
-        self._rest(seconds, config.duty or self._settings.trainer.duty)
+        self._rest(job.job_id, seconds, config.duty or self._settings.trainer.duty)
 
-    def _record(
-        self,
-        job_id: str,
-        index: int,
-        sample_id: str,
-        version: int,
-        report: "StepReport",
-        seconds: float,
-    ) -> None:
-        """Make a step durable; waits, visibly, while the disk is full. The step is not repeated."""
+    def _when_there_is_room(self, write: Callable[[], None]) -> None:
+        """Write to the ledger; waits, visibly, while the disk is full."""
         while True:
             try:
-                self._ledger.record_step(job_id, index, sample_id, version, report.loss, seconds)
+                write()
                 self._paused = None
                 return
             except sqlite3.OperationalError as error:
-                if "full" not in str(error):
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
                     raise
                 self._paused = "the disk is full: free some space, training then goes on by itself"
                 if self._stopping.wait(DISK_RETRY_S):
                     raise
 
-    def _rest(self, seconds: float, duty: float) -> None:
-        if duty < 1.0:
-            self._stopping.wait(seconds * (1.0 - duty) / duty)
+    def _rest(self, job_id: str, seconds: float, duty: float) -> None:
+        """Sleep so that `duty` of the time is spent computing; a cancelled job ends the sleep."""
+        end = time.monotonic() + seconds * (1.0 - duty) / duty
+        while (left := end - time.monotonic()) > 0:
+            if self._stopping.wait(min(left, REST_SLICE_S)):
+                return
+            if self._ledger.is_cancel_requested(job_id):
+                return

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import ray
 
-from actors.cell import CELL, NAMESPACE
+from actors.ending import CELL, NAMESPACE
 from actors.messages import CellReport
 
 STREAMS = (1, 8, 32)

@@ -65,8 +65,8 @@ class Load:
                 cut = "" if is_whole or answer.status_code != 200 else " cut short"
                 ours = "" if answer.status_code in (200, 503) else f" {whole[:40]!r}"
                 self.answers[f"{answer.status_code}{cut}{ours}"] += 1
-                if answer.status_code == 503:
-                    assert answer.headers["retry-after"], "503 without Retry-After"
+                if answer.status_code == 503 and not answer.headers.get("retry-after"):
+                    self.answers["503 without Retry-After"] += 1
             except httpx.HTTPError as error:
                 self.answers[type(error).__name__] += 1
             self._stop.wait(0.05)

@@ -1,5 +1,6 @@
 """What tests share: one home for the session, the adopted default model, and one running cell."""
 
+import json
 import os
 import signal
 import socket
@@ -115,6 +116,7 @@ def cell(
     try:
         cell.wait_ready()
         yield cell
+        last_version = cell.get("/status")["weights_version"]
         family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(STOP_TIMEOUT_S) == 0, (home / "log").read_text()
@@ -125,6 +127,9 @@ def cell(
         log.close()
         if process.poll() is None:
             process.kill()
+    (public,) = (home / "models").glob("*/reverie.json")
+    saved = json.loads(public.read_text())["weights_version"]
+    assert saved == last_version, "the clean stop did not publish what was learned"
     _, left = psutil.wait_procs(family, EXIT_TIMEOUT_S)
     # A process that has ended but that nobody waits for, in a container without an init, is gone.
     alive = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]

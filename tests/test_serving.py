@@ -134,6 +134,43 @@ def test_eight_streams_complete_while_a_job_trains(
     assert job["weights_version"] == before + 8
 
 
+def test_a_stream_across_steps_names_two_versions(cell: RunningCell, model: str) -> None:
+    samples = [taught(f"What is {n} and {n}?", f"It is {n + n}.") for n in range(6)]
+    body = {"samples": samples, "config": {"learning_rate": 1e-9}}
+    job_id = httpx.post(f"{cell.base}/train", json=body, timeout=60).json()["job_id"]
+    asked = {"model": model, "prompt": "Once", "max_tokens": 200, "stream": True}
+    answer = httpx.post(
+        f"{cell.base}/v1/completions", json=asked | {"ignore_eos": True}, timeout=120
+    )
+    first, last = (int(part.split("=")[1]) for part in answer.text.split("\n")[-3].split()[2:])
+    assert first < last
+    assert cell.wait_job(job_id)["status"] == "done"
+
+
+def test_no_request_is_answered_from_another_epochs_prefix_cache(
+    cell: RunningCell, model: str
+) -> None:
+    """vLLM counts the prompt tokens it found in its cache: none right after a job has ended."""
+
+    def cached_tokens() -> int:
+        lines = httpx.get(f"{cell.base}/metrics", timeout=30).text.splitlines()
+        hits = [line for line in lines if line.startswith("vllm:prefix_cache_hits_total")]
+        return int(float(hits[0].split()[-1]))
+
+    def ask() -> int:
+        before = cached_tokens()
+        body = {"model": model, "prompt": "A long enough prefix. " * 20, "max_tokens": 1}
+        assert httpx.post(f"{cell.base}/v1/completions", json=body, timeout=60).is_success
+        return cached_tokens() - before
+
+    ask()
+    assert ask() > 0, "the cache is not used at all, so this test would prove nothing"
+    config = {"learning_rate": 1e-9}
+    cell.train({"samples": [taught("Epoch?", "A new one.")], "config": config})
+    assert ask() == 0
+    assert ask() > 0
+
+
 def test_the_demo_teaches_the_running_server_and_shows_one_copy(cell: RunningCell) -> None:
     port = cell.base.rsplit(":", 1)[1]
     engine_before = cell.get("/status")["engine"]

@@ -16,6 +16,7 @@ from torch import nn
 LOAD_FORMAT: Final = "reverie"
 WORKER_EXTENSION: Final = "apollo.weights.plugin.WorkerExtension"
 PARENT_CHECK_INTERVAL_S: Final = 0.5
+FOLLOWER: Final = "follow-parent"
 
 
 def register() -> None:
@@ -29,13 +30,15 @@ def register() -> None:
         from apollo.weights.loader import SharedLoader
 
         register_model_loader(LOAD_FORMAT)(SharedLoader)
-    if multiprocessing.parent_process() is not None:
-        threading.Thread(target=_follow_parent, daemon=True, name="follow-parent").start()
+    parent = multiprocessing.parent_process()
+    is_followed = any(thread.name == FOLLOWER for thread in threading.enumerate())
+    if parent is not None and parent.pid is not None and not is_followed:
+        follow = threading.Thread(target=_follow, args=(parent.pid,), daemon=True, name=FOLLOWER)
+        follow.start()
 
 
-def _follow_parent() -> None:
+def _follow(parent: int) -> None:
     """End this process when its parent is gone: a killed actor must not leave an engine behind."""
-    parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_INTERVAL_S)
     os._exit(1)
@@ -51,7 +54,3 @@ class WorkerExtension:
         model: nn.Module = self.model_runner.get_model()
         tensor = dict(model.named_parameters())[name].detach().contiguous().cpu()
         return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-    def reverie_pid(self) -> int:
-        """The process that owns the weight memory."""
-        return os.getpid()

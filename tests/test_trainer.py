@@ -1,0 +1,176 @@
+"""The trainer's thread with a scripted learner: warm-up, rest, and every way a job can end."""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import Unavailable
+from actors.ledger import Ledger
+from actors.messages import CellPaths, JobView, TrainConfig, TrainingSample
+from actors.settings import Settings, TrainerSettings
+from actors.trainer import Trainer
+from actors.versions import VersionCounter
+from apollo.learning.step import NonFiniteLoss, StepReport
+
+
+class ScriptedLearner:
+    """Does what the script says at each step, and notes the learning rates."""
+
+    def __init__(self, *script: StepReport | Exception) -> None:
+        self.script = list(script)
+        self.rates: list[float] = []
+
+    def step(self, example: Any, learning_rate: float) -> StepReport:
+        self.rates.append(learning_rate)
+        result = self.script.pop(0) if self.script else StepReport(1.0, (), True)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Trainer]:
+    paths = CellPaths(str(tmp_path), str(tmp_path), str(tmp_path / "ledger.sqlite"))
+    VersionCounter.create(paths.versions)
+    made = Trainer(Settings(trainer=TrainerSettings(nice=0)), paths)
+    made._ledger = Ledger(paths.ledger)
+    yield made
+    made._ledger.close()
+
+
+def run(trainer: Trainer, learner: ScriptedLearner, num_samples: int = 1, **config: Any) -> JobView:
+    trainer._learner = learner  # type: ignore[assignment]
+    samples = [
+        TrainingSample(f"s{at}", (1, 2), (3, 4), content_hash=f"h{at}") for at in range(num_samples)
+    ]
+    job_id = trainer._ledger.accept(samples, TrainConfig(**config), 100).job_id
+    job = trainer._ledger.next_job()
+    assert job is not None
+    trainer._run(job)
+    return trainer._ledger.job(job_id)
+
+
+def hold(trainer: Trainer) -> Any:
+    """What the checkpoint actor calls; Ray's decorator hides from mypy that it is a method."""
+    method: Any = trainer.hold
+    return method()
+
+
+def test_warm_up_is_linear_and_every_step_is_one_version(trainer: Trainer) -> None:
+    learner = ScriptedLearner()
+    view = run(trainer, learner, epochs=6, warmup_steps=4, learning_rate=1e-3)
+    assert learner.rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    assert (view.status, view.steps, view.weights_version) == ("done", 6, 6)
+
+
+def test_epochs_of_the_cache_end_within_a_job_and_with_it(trainer: Trainer) -> None:
+    run(trainer, ScriptedLearner(), epochs=17)
+    assert trainer._versions.epoch == 3  # After steps 8 and 16, and at the end.
+
+
+def test_duty_rests_in_proportion_and_ends_when_cancelled(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rested: list[float] = []
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def wait(seconds: float) -> bool:
+        rested.append(seconds)
+        now[0] += seconds
+        return False
+
+    monkeypatch.setattr(trainer._stopping, "wait", wait)
+    monkeypatch.setattr(Ledger, "is_cancel_requested", lambda ledger, job_id: False)
+    trainer._rest("job", 2.0, 0.25)
+    assert sum(rested) == pytest.approx(6.0)
+    monkeypatch.setattr(Ledger, "is_cancel_requested", lambda ledger, job_id: True)
+    rested.clear()
+    trainer._rest("job", 2.0, 0.01)
+    assert len(rested) == 1
+
+
+def test_a_loss_that_is_not_finite_fails_the_job_and_makes_no_version(trainer: Trainer) -> None:
+    good = StepReport(1.0, (), True)
+    view = run(trainer, ScriptedLearner(good, NonFiniteLoss("the loss is nan")), epochs=3)
+    assert view.status == "failed" and "nan" in (view.error or "")
+    assert (view.steps, trainer._versions.weights_version) == (1, 1)
+    assert hold(trainer).weights_version == 1
+
+
+def test_a_gradient_that_is_not_finite_fails_the_job_and_says_where(trainer: Trainer) -> None:
+    view = run(trainer, ScriptedLearner(StepReport(1.0, ("model.layers.3.mlp",), True)), epochs=2)
+    assert view.status == "failed"
+    assert "model.layers.3.mlp" in (view.error or "") and "s0" in (view.error or "")
+    assert view.steps == 1, "the tensors that were updated make this a version of its own"
+
+
+def test_a_step_that_breaks_off_ends_the_job_and_its_weights_are_never_kept(
+    trainer: Trainer,
+) -> None:
+    view = run(trainer, ScriptedLearner(RuntimeError("out of memory")), epochs=2)
+    assert view.status == "failed" and "out of memory" in (view.error or "")
+    assert trainer._reason is not None and trainer._versions.weights_version == 1
+    with pytest.raises(Unavailable, match="out of memory"):
+        hold(trainer)
+
+
+def test_a_step_that_cannot_be_recorded_is_never_kept(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise sqlite3.DatabaseError("disk image is malformed")
+
+    monkeypatch.setattr(Ledger, "record_step", broken)
+    with pytest.raises(sqlite3.DatabaseError):
+        run(trainer, ScriptedLearner())
+    with pytest.raises(Unavailable, match="malformed"):
+        hold(trainer)
+
+
+def test_a_full_disk_pauses_training_visibly_and_the_step_is_made_once(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Ledger.record_step
+    paused: list[str | None] = []
+
+    def full_at_first(ledger: Ledger, *arguments: Any) -> None:
+        if len(paused) < 2:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        record(ledger, *arguments)
+
+    def wait(seconds: float) -> bool:
+        paused.append(trainer._paused)
+        return False
+
+    monkeypatch.setattr(Ledger, "record_step", full_at_first)
+    monkeypatch.setattr(trainer._stopping, "wait", wait)
+    learner = ScriptedLearner()
+    view = run(trainer, learner)
+    assert view.status == "done" and len(learner.rates) == 1
+    assert len(paused) == 2 and all("disk is full" in (text or "") for text in paused)
+    assert trainer._paused is None
+
+
+def test_a_job_cancelled_before_its_turn_is_left_alone(trainer: Trainer) -> None:
+    trainer._learner = ScriptedLearner()  # type: ignore[assignment]
+    sample = TrainingSample("s", (1,), (2, 3), content_hash="h")
+    job_id = trainer._ledger.accept([sample], TrainConfig(), 100).job_id
+    job = trainer._ledger.next_job()
+    assert job is not None
+    trainer._ledger.cancel(job_id)
+    trainer._run(job)
+    assert trainer._ledger.job(job_id).steps == 0
+
+
+def test_a_ledger_is_not_taught_to_a_model_that_was_adopted_anew(trainer: Trainer) -> None:
+    trainer._ledger.claim(100.5)
+    trainer._ledger.claim(100.5)
+    with pytest.raises(Exception, match="adopted anew"):
+        trainer._ledger.claim(200.5)
