@@ -62,9 +62,10 @@ class Stream:
         self._thread.join(30)
 
     def gaps(self, begin: float, end: float) -> list[float]:
-        """Seconds between tokens that arrived from `begin` to `end`."""
-        inside = [at for at in self.times if begin <= at <= end]
-        return [after - before for before, after in pairwise(inside)]
+        """Seconds before each token that arrived from `begin` to `end`, since the one before it."""
+        return [
+            after - before for before, after in pairwise(list(self.times)) if begin <= after <= end
+        ]
 
 
 def run(base: str, picture: Path | None = None) -> None:

@@ -127,7 +127,7 @@ def cell(
         log.close()
         if process.poll() is None:
             process.kill()
-    (public,) = (home / "models").glob("*/reverie.json")
+    (public,) = (home / "models").glob("[!.]*/reverie.json")
     saved = json.loads(public.read_text())["weights_version"]
     assert saved == last_version, "the clean stop did not publish what was learned"
     _, left = psutil.wait_procs(family, EXIT_TIMEOUT_S)

@@ -271,7 +271,7 @@ CONFIGS = [
     config("objective", "preference", "must be 'sft'"),
     config("grad_context", 64, "unknown key"),
     config("lr", 1e-5, "unknown key"),
-    config("duty", 0, "greater than 0"),
+    config("duty", 0, "greater than or equal to 0.01"),
     config("duty", 1.5, "less than or equal to 1, got 1.5"),
     train("config an array", {"samples": [GOOD], "config": []}, 422, "an object", "config"),
     train("config null", {"samples": [GOOD], "config": None}, 422, "got null", "config"),

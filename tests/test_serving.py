@@ -159,7 +159,7 @@ def test_no_request_is_answered_from_another_epochs_prefix_cache(
 
     def ask() -> int:
         before = cached_tokens()
-        body = {"model": model, "prompt": "A long enough prefix. " * 20, "max_tokens": 1}
+        body = {"model": model, "prompt": "A long enough prefix. " * 100, "max_tokens": 1}
         assert httpx.post(f"{cell.base}/v1/completions", json=body, timeout=60).is_success
         return cached_tokens() - before
 
