@@ -27,6 +27,7 @@ VICTIMS = ("engine", "trainer", "ingress")
 NUM_CHATS = 3
 WARM_UP_S = 4.0
 READY_TIMEOUT_S = 240.0
+FIND_TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 300.0
 
 
@@ -127,9 +128,13 @@ def wait_ready(base: str) -> None:
 
 def kill(base: str, victim: str) -> dict[str, Any]:
     """Kill one process and wait until another one does its work and the cell is ready."""
-    pid = victim_pid(status_of(base), victim)
-    if pid is None:
-        raise SystemExit(f"there is no {victim} to kill")
+    deadline = time.monotonic() + FIND_TIMEOUT_S
+    while (
+        pid := victim_pid(status_of(base), victim)
+    ) is None:  # A busy door may not answer at once.
+        if time.monotonic() > deadline:
+            raise SystemExit(f"there is no {victim} to kill")
+        time.sleep(0.2)
     os.kill(pid, signal.SIGKILL)
     begun, seen = time.monotonic(), None
     while time.monotonic() - begun < READY_TIMEOUT_S:
