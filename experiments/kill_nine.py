@@ -81,7 +81,8 @@ class Load:
             body = {"samples": [sample], "config": {"learning_rate": 1e-6}}
             try:
                 answer = httpx.post(f"{self.base}/train", json=body, timeout=30)
-                self.answers[f"train {answer.status_code}"] += 1
+                ours = "" if answer.status_code in (202, 503) else f" {answer.content[:40]!r}"
+                self.answers[f"train {answer.status_code}{ours}"] += 1
                 if answer.status_code == 202:
                     self.acknowledged.append(name)
             except httpx.HTTPError as error:
