@@ -296,6 +296,7 @@ class Trainer:
 
     def _step(self, job: QueuedJob, index: int) -> None:
         from apollo.learning.samples import Example
+        from apollo.learning.step import NonFiniteLoss
 
         sample = job.samples[index % len(job.samples)]
         example = Example(sample.context_ids, sample.continuation_ids, sample.weight)
@@ -303,7 +304,13 @@ class Trainer:
         warm_up = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         with self._barrier.step():
             begun = time.monotonic()
-            report = self._learner.step(example, config.learning_rate * warm_up)
+            # Said before the barrier opens: a checkpoint that waits must not keep a broken step.
+            self._spoiled = "a step broke off"
+            try:
+                report = self._learner.step(example, config.learning_rate * warm_up)
+            except NonFiniteLoss:
+                self._spoiled = None  # Nothing was changed.
+                raise
             seconds = time.monotonic() - begun
             self._versions.weights_version += 1
             version = self._versions.weights_version
@@ -311,6 +318,7 @@ class Trainer:
                 self._versions.next_epoch()
             step = (job.job_id, index, sample.id, version, report.loss, seconds)
             self._when_there_is_room(lambda: self._ledger.record_step(*step))
+            self._spoiled = None
         self._steps, self._last_loss, self._last_step_s = index + 1, report.loss, seconds
         if report.skipped:
             raise StepFailed(

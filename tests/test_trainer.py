@@ -3,6 +3,7 @@
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,26 @@ def test_a_step_that_breaks_off_ends_the_job_and_its_weights_are_never_kept(
     assert trainer._reason is not None and trainer._versions.weights_version == 1
     with pytest.raises(Unavailable, match="out of memory"):
         hold(trainer)
+
+
+def test_a_broken_step_is_known_before_a_waiting_checkpoint_can_hold(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    enter = trainer._barrier.step
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        with enter():
+            try:
+                yield
+            finally:
+                seen.append(trainer._spoiled)  # What a holder would find as the barrier opens.
+
+    monkeypatch.setattr(trainer._barrier, "step", watched)
+    good = StepReport(1.0, (), True)
+    run(trainer, ScriptedLearner(good, RuntimeError("out of memory")), epochs=2)
+    assert seen[0] is None and seen[1] is not None
 
 
 def test_a_step_that_cannot_be_recorded_is_never_kept(
