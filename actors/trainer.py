@@ -166,7 +166,7 @@ class Trainer:
             weights_version=self._versions.weights_version,
             num_tensors=self._num_tensors,
             weights_bytes=self._weights_bytes,
-            state_bytes=self._learner.optimizer.state_bytes(),
+            state_bytes=self._learner.optimizer.size_bytes(),
             queued_samples=self._ledger.queued_samples(),
             job_id=self._job_id,
             steps=self._steps,

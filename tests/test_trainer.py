@@ -1,5 +1,6 @@
 """The trainer's thread with a scripted learner: warm-up, rest, and every way a job can end."""
 
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from actors.settings import Settings, TrainerSettings
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
 from apollo.learning.step import NonFiniteLoss, StepReport
+from apollo.optim.optimizer import TensorReport
+
+LEFT_ALONE = TensorReport(math.inf, 0.0, 1.0, 0.0, is_finite=False)
 
 
 class ScriptedLearner:
@@ -27,7 +31,7 @@ class ScriptedLearner:
 
     def step(self, example: Any, learning_rate: float) -> StepReport:
         self.rates.append(learning_rate)
-        result = self.script.pop(0) if self.script else StepReport(1.0, (), True)
+        result = self.script.pop(0) if self.script else StepReport(1.0, {})
         if isinstance(result, Exception):
             raise result
         return result
@@ -96,7 +100,7 @@ def test_duty_rests_in_proportion_and_ends_when_cancelled(
 
 
 def test_a_loss_that_is_not_finite_fails_the_job_and_makes_no_version(trainer: Trainer) -> None:
-    good = StepReport(1.0, (), True)
+    good = StepReport(1.0, {})
     view = run(trainer, ScriptedLearner(good, NonFiniteLoss("the loss is nan")), epochs=3)
     assert view.status == "failed" and "nan" in (view.error or "")
     assert (view.steps, trainer._versions.weights_version) == (1, 1)
@@ -104,7 +108,9 @@ def test_a_loss_that_is_not_finite_fails_the_job_and_makes_no_version(trainer: T
 
 
 def test_a_gradient_that_is_not_finite_fails_the_job_and_says_where(trainer: Trainer) -> None:
-    view = run(trainer, ScriptedLearner(StepReport(1.0, ("model.layers.3.mlp",), True)), epochs=2)
+    view = run(
+        trainer, ScriptedLearner(StepReport(1.0, {"model.layers.3.mlp": LEFT_ALONE})), epochs=2
+    )
     assert view.status == "failed"
     assert "model.layers.3.mlp" in (view.error or "") and "s0" in (view.error or "")
     assert view.steps == 1, "the tensors that were updated make this a version of its own"
@@ -135,7 +141,7 @@ def test_a_broken_step_is_known_before_a_waiting_checkpoint_can_hold(
                 seen.append(trainer._spoiled)  # What a holder would find as the barrier opens.
 
     monkeypatch.setattr(trainer._barrier, "step", watched)
-    good = StepReport(1.0, (), True)
+    good = StepReport(1.0, {})
     run(trainer, ScriptedLearner(good, RuntimeError("out of memory")), epochs=2)
     assert seen[0] is None and seen[1] is not None
 

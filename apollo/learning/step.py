@@ -18,6 +18,7 @@ Axes: b = batch (1), t = predicted tokens, v = vocabulary.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from apollo.learning.samples import Example
-from apollo.optimizer import Apollo
+from apollo.optim.optimizer import Apollo, TensorReport
+from apollo.optim.release import attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,10 +43,18 @@ class StepReport:
 
     loss: float
     """Before the step: mean over the predicted tokens, times the example's weight."""
-    skipped: tuple[str, ...]
-    """Parameters left as they were, because their gradient was not finite."""
-    applied: bool
-    """Whether any parameter was updated."""
+    tensors: Mapping[str, TensorReport]
+    """What it did to each parameter."""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Parameters left as they were, because their gradient was not finite."""
+        return tuple(name for name, report in self.tensors.items() if not report.is_finite)
+
+    @property
+    def applied(self) -> bool:
+        """Whether any parameter was updated."""
+        return len(self.skipped) < len(self.tensors)
 
 
 class Learner:
@@ -63,7 +73,7 @@ class Learner:
                 part.requires_grad_(train_embeddings)
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.optimizer = Apollo(trained, **settings)
-        self._handles = self.optimizer.attach()
+        self._release = attach(module, self.optimizer)
 
     def step(self, example: Example, learning_rate: float) -> StepReport:
         """Learn `example` once; raises NonFiniteLoss before anything changes."""
@@ -74,15 +84,14 @@ class Learner:
                 f"the loss is {loss_value}; nothing was changed. Look for weights that are not "
                 "finite, or return to an earlier checkpoint"
             )
-        self.optimizer.begin_step(learning_rate)
+        self._release.begin_step(learning_rate)
         loss.backward()
-        skipped = self.optimizer.end_step()
-        return StepReport(loss_value, skipped, applied=self.optimizer.num_updated > 0)
+        self._release.end_step()
+        return StepReport(loss_value, self.optimizer.reports)
 
     def close(self) -> None:
         """Remove the hooks; the module is an ordinary one again."""
-        for handle in self._handles:
-            handle.remove()
+        self._release.close()
 
     def _loss(self, example: Example) -> torch.Tensor:
         """Float32 cross-entropy of the continuation given everything before it."""
