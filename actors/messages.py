@@ -229,6 +229,12 @@ class TrainerReport:
     steps: int = 0
     last_loss: float | None = None
     last_step_s: float | None = None
+    last_update_rms: float | None = None
+    """Root mean square of the newest step's update, over its learning rate."""
+    last_changed: float | None = None
+    """Share of the weights' elements that it changed; near 0 it is being rounded away."""
+    last_limited: int | None = None
+    """Number of tensors whose update it had to clip."""
     paused: str | None = None
     """What training waits for (a full disk); it goes on by itself."""
     reason: str | None = None

@@ -64,8 +64,9 @@ class TrainerSettings(_Group):
     """Scheduling priority of the trainer below the engine: serving goes first."""
     duty: float = Field(default=1.0, ge=0.01, le=1)
     """Share of the time the trainer may compute; it sleeps for the rest. A job may ask for less."""
-    rank: int = Field(default=64, ge=2, le=8192)
-    """Rank of APOLLO's projection; a matrix whose smaller side is not above it gets plain Adam."""
+    rank: int = Field(default=64, ge=1, le=8192)
+    """Rank of APOLLO's projection; 1 is APOLLO-Mini, with nearly no optimizer state. A matrix whose
+    smaller side is not above it gets plain Adam."""
     update_proj_gap: int = Field(default=200, ge=1)
     """Steps after which the projection is drawn anew."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -74,6 +75,13 @@ class TrainerSettings(_Group):
     """Decay of the second moment; short runs want less than the usual 0.999."""
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decoupled weight decay, per step and learning rate."""
+    clip: float | None = Field(default=3.0, ge=1)
+    """Bound of a tensor's update, in running means of its norm; None turns it off."""
+    rounding: Literal["stochastic", "nearest", "corrected"] = "stochastic"
+    """How an update becomes bfloat16; `corrected` keeps 8 more bits of each weight beside it, and
+    `nearest` loses most of a small step."""
+    kernels: Literal["auto", "eager", "compiled"] = "auto"
+    """Implementation of the update; `compiled` is quicker on a CPU, after a minute of compiling."""
     train_embeddings: bool = False
     """Whether the embedding (and an lm_head tied to it) is trained too."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -78,6 +78,7 @@ class Trainer:
         self._steps = 0
         self._last_loss: float | None = None
         self._last_step_s: float | None = None
+        self._last_update: dict[str, Any] = {}
         self._paused: str | None = None
         self._reason: str | None = None
         self._spoiled: str | None = None
@@ -104,6 +105,9 @@ class Trainer:
             update_proj_gap=trainer.update_proj_gap,
             betas=(trainer.beta1, trainer.beta2),
             weight_decay=trainer.weight_decay,
+            clip=trainer.clip,
+            rounding=trainer.rounding,
+            kernels=trainer.kernels,
             seed=trainer.seed,
             train_embeddings=trainer.train_embeddings,
         )
@@ -172,6 +176,7 @@ class Trainer:
             steps=self._steps,
             last_loss=self._last_loss,
             last_step_s=self._last_step_s,
+            **self._last_update,
             paused=self._paused,
             reason=self._reason or (None if is_alive else "the training thread ended"),
         )
@@ -320,6 +325,11 @@ class Trainer:
             self._when_there_is_room(lambda: self._ledger.record_step(*step))
             self._spoiled = None
         self._steps, self._last_loss, self._last_step_s = index + 1, report.loss, seconds
+        self._last_update = {
+            "last_update_rms": report.update_rms,
+            "last_changed": report.changed,
+            "last_limited": report.num_limited,
+        }
         if report.skipped:
             raise StepFailed(
                 f"step {index + 1}, sample {sample.id}: the gradient of {report.skipped[0]} is not "

@@ -31,6 +31,9 @@ def render(report: CellReport | None, versions: VersionCounter | None, ongoing: 
             show("queued_samples", "Accepted samples not yet trained", trainer.queued_samples)
             show("last_loss", "Loss of the newest step", trainer.last_loss)
             show("step_seconds", "Duration of the newest step", trainer.last_step_s)
+            show("update_rms", "Newest update over its learning rate", trainer.last_update_rms)
+            show("changed_share", "Share of weights the newest step changed", trainer.last_changed)
+            show("limited_tensors", "Tensors whose newest update was clipped", trainer.last_limited)
             show("weights_bytes", "Size of the one copy of the weights", trainer.weights_bytes)
             show("optimizer_state_bytes", "Size of the optimizer's state", trainer.state_bytes)
         if report.checkpoint is not None:

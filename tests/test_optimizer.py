@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
 from apollo.optim.optimizer import Apollo
-from apollo.optim.philox import derive_seed
+from apollo.optim.philox import derive_seed, make_key
 from apollo.optim.projection import draw_projection, projection_seed
 from apollo.optim.release import attach
 from apollo.optim.rounding import round_stochastically, rounding_seed
@@ -97,16 +97,19 @@ def test_projection_is_a_function_of_seed_name_and_refresh_and_keeps_norms() -> 
 
 
 def test_stochastic_rounding_is_unbiased_where_nearest_loses_the_step() -> None:
+    def noise_key(step: int) -> Tensor:
+        return make_key(rounding_seed(0, step, "w"), CPU)
+
     ones = torch.ones(400, 500, dtype=torch.bfloat16)
     exact = ones.float() - 1e-4  # bfloat16 steps by 0.0039 below 1
     assert torch.equal(exact.bfloat16(), ones)
-    weight = round_stochastically(exact, rounding_seed(0, 1, "w"), 0)
+    weight = round_stochastically(exact, noise_key(1), 0)
     assert set(weight.flatten().tolist()) == {1.0, 1.0 - 2**-8}
     assert weight.double().mean().item() == pytest.approx(1.0 - 1e-4, abs=1e-5)
-    assert torch.equal(weight, round_stochastically(exact, rounding_seed(0, 1, "w"), 0))
-    assert not torch.equal(weight, round_stochastically(exact, rounding_seed(0, 2, "w"), 0))
-    assert torch.equal(weight, round_stochastically(weight.float(), rounding_seed(0, 3, "w"), 0))
-    lower = round_stochastically(exact[100:], rounding_seed(0, 1, "w"), 100)
+    assert torch.equal(weight, round_stochastically(exact, noise_key(1), 0))
+    assert not torch.equal(weight, round_stochastically(exact, noise_key(2), 0))
+    assert torch.equal(weight, round_stochastically(weight.float(), noise_key(3), 0))
+    lower = round_stochastically(exact[100:], noise_key(1), 100)
     assert torch.equal(weight[100:], lower)
 
 

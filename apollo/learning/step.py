@@ -18,7 +18,7 @@ Axes: b = batch (1), t = predicted tokens, v = vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from apollo.learning.samples import Example
+from apollo.optim.choose import KernelChoice, choose_kernels
 from apollo.optim.optimizer import Apollo, TensorReport
 from apollo.optim.release import attach
 
@@ -52,9 +53,29 @@ class StepReport:
         return tuple(name for name, report in self.tensors.items() if not report.is_finite)
 
     @property
+    def update_rms(self) -> float:
+        """Mean over the updated tensors of the update's root mean square, over the rate."""
+        return _mean(report.update_rms for report in self.tensors.values() if report.is_finite)
+
+    @property
+    def changed(self) -> float:
+        """Mean over the updated tensors of the share of elements whose bits changed."""
+        return _mean(report.changed for report in self.tensors.values() if report.is_finite)
+
+    @property
+    def num_limited(self) -> int:
+        """Number of updated tensors whose update was clipped."""
+        return sum(report.is_finite and report.limited < 1 for report in self.tensors.values())
+
+    @property
     def applied(self) -> bool:
         """Whether any parameter was updated."""
         return len(self.skipped) < len(self.tensors)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / max(1, len(found))
 
 
 class Learner:
@@ -65,14 +86,20 @@ class Learner:
     """
 
     def __init__(
-        self, module: "PreTrainedModel", *, train_embeddings: bool = False, **settings: Any
+        self,
+        module: "PreTrainedModel",
+        *,
+        train_embeddings: bool = False,
+        kernels: KernelChoice = "auto",
+        **settings: Any,
     ) -> None:
         self.module = module.train().requires_grad_(True)
         for part in (module.get_input_embeddings(), module.get_output_embeddings()):
             if part is not None:
                 part.requires_grad_(train_embeddings)
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.optimizer = Apollo(trained, **settings)
+        chosen = choose_kernels(kernels)
+        self.optimizer = Apollo(trained, kernels=chosen, **settings)
         self._release = attach(module, self.optimizer)
 
     def step(self, example: Example, learning_rate: float) -> StepReport:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from apollo.optim.philox import derive_seed, make_key, uniform_16
+from apollo.optim.philox import derive_seed, uniform_16
 
 Rounding = Literal["stochastic", "nearest", "corrected"]
 ROUNDINGS: tuple[Rounding, ...] = ("stochastic", "nearest", "corrected")
@@ -27,12 +27,12 @@ def rounding_seed(seed: int, step: int, name: str) -> int:
     return derive_seed("rounding", seed, step, name)
 
 
-def round_stochastically(value_ij: Tensor, seed: int, first_row: int) -> Tensor:
+def round_stochastically(value_ij: Tensor, key: Tensor, first_row: int) -> Tensor:
     """bfloat16 of float32 `value_ij`, up or down with the probability that the cut bits say.
 
-    The noise of an element is a function of the seed and of its place: rows count from `first_row`.
+    The noise of an element is a function of the key and of its place: rows count from `first_row`.
     """
-    noise = uniform_16(make_key(seed, value_ij.device), first_row, *value_ij.shape)
+    noise = uniform_16(key, first_row, *value_ij.shape)
     bits = value_ij.view(torch.int32) + noise & -(1 << LOW_BITS)
     return bits.view(torch.float32).to(torch.bfloat16)
 

@@ -13,12 +13,13 @@ Axes: r = rank, m = projected side, c = channels, i x j = rows x columns, b = ro
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from apollo.optim.philox import make_key
 from apollo.optim.projection import draw_projection
 from apollo.optim.rounding import round_stochastically, round_with_correction, undo_correction
 from apollo.optim.routing import Plan
@@ -56,6 +57,16 @@ class Update:
     """Of this step's noise; for stochastic rounding."""
 
 
+@dataclass(frozen=True)
+class Now:
+    """What changes from step to step, as tensors, so that compiled code stays valid."""
+
+    lr: Tensor
+    """0-dim float32."""
+    key: Tensor | None
+    """Of the rounding noise: the halves of a seed; for stochastic rounding."""
+
+
 class Kernels(Protocol):
     """One implementation of the update."""
 
@@ -70,7 +81,8 @@ class Kernels(Protocol):
 
 def make_state(plan: Plan, device: torch.device) -> State:
     """Zeros: counters as 0-dim tensors, moments in float32 whatever the weights are."""
-    state = {"step": torch.zeros((), dtype=torch.float64, device=device)}
+    # Not float64: dynamo takes a 0-dim one on the CPU for a Python number, and loses its changes.
+    state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     if plan.clip is not None:
         state["norm_mean"] = torch.zeros((), device=device)
     if plan.norm_growth is not None:
@@ -95,39 +107,24 @@ class TorchKernels:
 
     def update(self, task: Update) -> Tensor:
         """As `Kernels.update`."""
-        plan, state = task.plan, task.state
-        projected_rc, squares_c = measure(task.grad_ij, self._projection(task), plan.axis)
-        norms_c = squares_c.sqrt_()
-        norm = torch.linalg.vector_norm(norms_c)
-        is_finite = norm < MAX_GRAD_NORM
-        state["step"].add_(is_finite)
-        norms_c = torch.where(is_finite, norms_c, 0.0)
+        plan, param_ij = task.plan, task.param_ij
+        now = Now(lr=torch.tensor(task.lr), key=None)
+        if plan.rounding == "stochastic":
+            now = replace(now, key=make_key(task.rounding_seed, param_ij.device))
+        return self.run(param_ij, task.grad_ij, task.state, self._projection(task), now, plan)
 
-        direction_ij = task.grad_ij
-        if projected_rc is not None:
-            factor_c = rescale(projected_rc, state, is_finite, plan)
-            update_norm = torch.linalg.vector_norm(factor_c * norms_c)
-        elif plan.rule == "neuron":
-            if plan.has_momentum:
-                direction_ij = advance_mean(task.grad_ij.float(), state, is_finite, plan)
-                norms_c = measure(direction_ij, None, plan.axis)[1].sqrt_()
-            factor_c = plan.alpha / norms_c.clamp_min(MIN_NORM)
-            update_norm = torch.linalg.vector_norm(factor_c * norms_c)
-        else:
-            advance(task.grad_ij.float(), state, is_finite, plan)
-            squares = [direction(state, plan, rows).square().sum() for rows in blocks(plan)]
-            factor_c, update_norm = torch.ones_like(norms_c), torch.stack(squares).sum().sqrt()
-
-        limited = limit(update_norm, state, is_finite, plan)
-        factor_ij = (factor_c * limited).unsqueeze(plan.axis)
-        for rows in blocks(plan):
-            if plan.rule == "adam":
-                direction_bj = direction(state, plan, rows)
-            else:
-                direction_bj = direction_ij[rows].float()
-            factor_bj = factor_ij if plan.axis == 0 else factor_ij[rows]
-            write(task, rows, direction_bj, factor_bj, is_finite)
-        return torch.stack((norm, update_norm * limited, limited, is_finite.float()))
+    def run(
+        self,
+        param_ij: Tensor,
+        grad_ij: Tensor,
+        state: State,
+        projection_rm: Tensor | None,
+        now: Now,
+        plan: Plan,
+    ) -> Tensor:
+        """`step_tensor`, in blocks that stay in a cache."""
+        num_rows = max(1, BLOCK_ELEMENTS // max(1, plan.columns))
+        return step_tensor(param_ij, grad_ij, state, projection_rm, now, plan, num_rows)
 
     def size_bytes(self) -> int:
         """As `Kernels.size_bytes`."""
@@ -145,9 +142,52 @@ class TorchKernels:
         return projection_rm
 
 
-def blocks(plan: Plan) -> Iterator[slice]:
-    """Slices of rows with at most BLOCK_ELEMENTS each (at least one row)."""
-    num_rows = max(1, BLOCK_ELEMENTS // max(1, plan.columns))
+def step_tensor(
+    param_ij: Tensor,
+    grad_ij: Tensor,
+    state: State,
+    projection_rm: Tensor | None,
+    now: Now,
+    plan: Plan,
+    num_rows: int,
+) -> Tensor:
+    """One tensor's step, `num_rows` rows at a time; returns what `Kernels.update` does."""
+    projected_rc, squares_c = measure(grad_ij, projection_rm, plan.axis)
+    norms_c = squares_c.sqrt()
+    norm = torch.linalg.vector_norm(norms_c)
+    is_finite = norm < MAX_GRAD_NORM
+    state["step"].add_(is_finite)
+    norms_c = torch.where(is_finite, norms_c, 0.0)
+
+    direction_ij = grad_ij
+    if projected_rc is not None:
+        factor_c = rescale(projected_rc, state, is_finite, plan)
+        update_norm = torch.linalg.vector_norm(factor_c * norms_c)
+    elif plan.rule == "neuron":
+        if plan.has_momentum:
+            direction_ij = advance_mean(grad_ij.float(), state, is_finite, plan)
+            norms_c = measure(direction_ij, None, plan.axis)[1].sqrt()
+        factor_c = plan.alpha / norms_c.clamp_min(MIN_NORM)
+        update_norm = torch.linalg.vector_norm(factor_c * norms_c)
+    else:
+        advance(grad_ij.float(), state, is_finite, plan)
+        squares = [direction(state, plan, b).square().sum() for b in blocks(plan, num_rows)]
+        factor_c, update_norm = torch.ones_like(norms_c), torch.stack(squares).sum().sqrt()
+
+    limited = limit(update_norm, state, is_finite, plan)
+    factor_ij = (factor_c * limited).unsqueeze(plan.axis)
+    for rows in blocks(plan, num_rows):
+        if plan.rule == "adam":
+            direction_bj = direction(state, plan, rows)
+        else:
+            direction_bj = direction_ij[rows].float()
+        factor_bj = factor_ij if plan.axis == 0 else factor_ij[rows]
+        write(param_ij, rows, direction_bj, factor_bj, is_finite, state, now, plan)
+    return torch.stack((norm, update_norm * limited, limited, is_finite.float()))
+
+
+def blocks(plan: Plan, num_rows: int) -> Iterator[slice]:
+    """All rows, as slices of at most `num_rows`."""
     for first in range(0, plan.rows, num_rows):
         yield slice(first, min(first + num_rows, plan.rows))
 
@@ -178,7 +218,7 @@ def advance(value: Tensor, state: State, is_finite: Tensor, plan: Plan) -> None:
 
 def direction(state: State, plan: Plan, rows: slice = slice(None)) -> Tensor:
     """Adam's bias-corrected M^ / (sqrt(V^) + eps)."""
-    step = state["step"].clamp_min(1)
+    step = state["step"].clamp_min(1).double()
     unbias1, unbias2 = (1 - plan.beta1**step).float(), (1 - plan.beta2**step).float()
     root = (state["exp_avg_sq"][rows] / unbias2).sqrt_().add_(plan.eps)
     return (state["exp_avg"][rows] / unbias1).div_(root)
@@ -214,25 +254,33 @@ def limit(norm: Tensor, state: State, is_finite: Tensor, plan: Plan) -> Tensor:
 
 
 def write(
-    task: Update, rows: slice, direction_bj: Tensor, factor_bj: Tensor, is_finite: Tensor
+    param_ij: Tensor,
+    rows: slice,
+    direction_bj: Tensor,
+    factor_bj: Tensor,
+    is_finite: Tensor,
+    state: State,
+    now: Now,
+    plan: Plan,
 ) -> None:
     """param <- param * (1 - lr * weight_decay) - lr * factor * direction, rounded once.
 
     Where it is masked this adds -0.0, which changes no bit of any number.
     """
-    plan, param_bj = task.plan, task.param_ij[rows]
-    lr = is_finite.float() * task.lr
+    param_bj = param_ij[rows]
+    lr = is_finite.float() * now.lr
     value_bj = param_bj.float()  # itself where it is float32
     if plan.rounding == "corrected":
-        value_bj = undo_correction(value_bj, task.state["correction"][rows])
+        value_bj = undo_correction(value_bj, state["correction"][rows])
     if plan.weight_decay:
         value_bj.mul_(1 - lr * plan.weight_decay)
     value_bj.addcmul_(torch.where(is_finite, direction_bj, 0.0), factor_bj * -lr)
     if plan.rounding == "stochastic":
-        param_bj.copy_(round_stochastically(value_bj, task.rounding_seed, rows.start))
+        assert now.key is not None
+        param_bj.copy_(round_stochastically(value_bj, now.key, rows.start))
     elif plan.rounding == "nearest":
         param_bj.copy_(value_bj)
     elif plan.rounding == "corrected":
         weight_bj, correction_bj = round_with_correction(value_bj)
         param_bj.copy_(weight_bj)
-        task.state["correction"][rows].copy_(correction_bj)
+        state["correction"][rows].copy_(correction_bj)
