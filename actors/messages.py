@@ -89,6 +89,9 @@ class TrainConfig(_Posted):
     epochs: int = Field(default=1, ge=1, le=1000)
     warmup_steps: int = Field(default=0, ge=0, le=100_000)
     objective: Literal["sft"] = "sft"
+    grad_context: int = Field(default=64, ge=0, le=1_048_576)
+    """Last context tokens through which the gradient flows; the tokens before them are only read.
+    More is dearer and closer to the exact gradient."""
     duty: float | None = Field(default=None, ge=0.01, le=1)
     """Share of the time the trainer computes; None takes the cell's setting."""
 

@@ -312,7 +312,12 @@ class Trainer:
             # Said before the barrier opens: a checkpoint that waits must not keep a broken step.
             self._spoiled = "a step broke off"
             try:
-                report = self._learner.step(example, config.learning_rate * warm_up)
+                report = self._learner.step(
+                    example,
+                    config.learning_rate * warm_up,
+                    objective=config.objective,
+                    grad_context=config.grad_context,
+                )
             except NonFiniteLoss:
                 self._spoiled = None  # Nothing was changed.
                 raise

@@ -29,7 +29,7 @@ class ScriptedLearner:
         self.script = list(script)
         self.rates: list[float] = []
 
-    def step(self, example: Any, learning_rate: float) -> StepReport:
+    def step(self, example: Any, learning_rate: float, **_: Any) -> StepReport:
         self.rates.append(learning_rate)
         result = self.script.pop(0) if self.script else StepReport(1.0, {})
         if isinstance(result, Exception):

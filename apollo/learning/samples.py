@@ -24,6 +24,15 @@ class SampleError(ValueError):
 
 
 @dataclass(frozen=True)
+class TopLogprobs:
+    """What a teacher thought of each predicted token: its k likeliest entries, by token."""
+
+    ids_tk: tuple[tuple[int, ...], ...]
+    logprobs_tk: tuple[tuple[float, ...], ...]
+    """Natural logarithms, as the teacher gave them; they need not sum to 1."""
+
+
+@dataclass(frozen=True)
 class Example:
     """Token ids that are read (`context_ids`) and learned (`continuation_ids`).
 
@@ -35,6 +44,10 @@ class Example:
     continuation_ids: tuple[int, ...]
     weight: float = 1.0
     """Factor on the loss."""
+    rejected_ids: tuple[int, ...] = ()
+    """A continuation that is to become less likely, for the objective `preference`."""
+    teacher: TopLogprobs | None = None
+    """For the objective `distill`; one row for each predicted token."""
 
     def __post_init__(self) -> None:
         if not self.continuation_ids:

@@ -1,8 +1,8 @@
 """One learning step on one example; owns the module's training mode and its optimizer.
 
-    context_ids + continuation_ids
-         | forward, logits only where a continuation token is predicted
-         v
+    context --read, without gradient--> prefix
+                                          | continuation --forward--> log-probabilities
+                                          v
     loss --not finite--> NonFiniteLoss, nothing has changed
          | backward
          v
@@ -13,8 +13,6 @@
 
 Knows nothing of jobs, queues, warm-up or who else reads the weights. The parameters may be views
 of memory that another process reads: they are written in place and never replaced.
-
-Axes: b = batch (1), t = predicted tokens, v = vocabulary.
 """
 
 import math
@@ -22,9 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.functional import cross_entropy
-
+from apollo.learning.forward import check_prefix, let_checkpointing_read
+from apollo.learning.objective import Objective, loss_of
 from apollo.learning.samples import Example
 from apollo.optim.choose import KernelChoice, choose_kernels
 from apollo.optim.optimizer import Apollo, TensorReport
@@ -82,7 +79,8 @@ class Learner:
     """Teaches a causal language model in place, one example at a time.
 
     `settings` are Apollo's keyword arguments. Embeddings, and an output head, are frozen unless
-    `train_embeddings`.
+    `train_embeddings`; `checkpoint_layers` computes each layer twice and keeps less of it. Raises
+    UnfaithfulPrefix or UnsupportedLayer for a model whose context cannot be read apart.
     """
 
     def __init__(
@@ -90,6 +88,7 @@ class Learner:
         module: "PreTrainedModel",
         *,
         train_embeddings: bool = False,
+        checkpoint_layers: bool = False,
         kernels: KernelChoice = "auto",
         **settings: Any,
     ) -> None:
@@ -100,11 +99,24 @@ class Learner:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         chosen = choose_kernels(kernels)
         self.optimizer = Apollo(trained, kernels=chosen, **settings)
+        if checkpoint_layers:
+            let_checkpointing_read(module)
+        check_prefix(module)
         self._release = attach(module, self.optimizer)
 
-    def step(self, example: Example, learning_rate: float) -> StepReport:
-        """Learn `example` once; raises NonFiniteLoss before anything changes."""
-        loss = self._loss(example)
+    def step(
+        self,
+        example: Example,
+        learning_rate: float,
+        *,
+        objective: Objective = "sft",
+        grad_context: int = 0,
+    ) -> StepReport:
+        """Learn `example` once; raises NonFiniteLoss before anything changes.
+
+        The last `grad_context` tokens of the context are in the graph, and at least one.
+        """
+        loss = loss_of(self.module, example, objective, grad_context)
         loss_value = loss.item()
         if not math.isfinite(loss_value):
             raise NonFiniteLoss(
@@ -119,15 +131,3 @@ class Learner:
     def close(self) -> None:
         """Remove the hooks; the module is an ordinary one again."""
         self._release.close()
-
-    def _loss(self, example: Example) -> torch.Tensor:
-        """Float32 cross-entropy of the continuation given everything before it."""
-        num_predicted = example.num_predicted
-        ids = torch.tensor(
-            [example.context_ids + example.continuation_ids], device=self.module.device
-        )
-        logits_btv = self.module(
-            input_ids=ids[:, :-1], logits_to_keep=num_predicted, use_cache=False
-        ).logits
-        targets_t = ids[0, -num_predicted:]
-        return cross_entropy(logits_btv[0].float(), targets_t) * example.weight
