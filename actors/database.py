@@ -18,7 +18,7 @@ from actors.messages import TrainingSample
 BUSY_TIMEOUT_S: Final = 10.0
 """Longest wait for another process's transaction, e.g. that of a trainer that is being killed."""
 
-_SCHEMA_VERSION: Final = 1
+_SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -43,6 +43,8 @@ _SCHEMA: Final = (
         content_hash TEXT NOT NULL,
         created REAL NOT NULL,
         state TEXT NOT NULL,
+        rejected_ids TEXT NOT NULL DEFAULT '[]',
+        teacher_context_ids TEXT NOT NULL DEFAULT '[]',
         UNIQUE (job_id, position))""",
     # UNIQUE: a version names one state of the weights, so it is the result of one step.
     """CREATE TABLE steps (
@@ -59,6 +61,15 @@ _SCHEMA: Final = (
     "INSERT INTO cell VALUES ('version_high_water', 0)",
     f"PRAGMA user_version = {_SCHEMA_VERSION}",
 )
+
+_MIGRATIONS: Final = {
+    1: (
+        "ALTER TABLE samples ADD COLUMN rejected_ids TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE samples ADD COLUMN teacher_context_ids TEXT NOT NULL DEFAULT '[]'",
+        "PRAGMA user_version = 2",
+    )
+}
+"""What makes a ledger of an older format one of the next."""
 
 
 class Database:
@@ -120,8 +131,10 @@ class Database:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         with self._transaction():
-            if self._scalar("PRAGMA user_version") == 0:
-                for statement in _SCHEMA:
+            for statement in _SCHEMA if found == 0 else ():
+                self._db.execute(statement)
+            for version in range(max(1, found), _SCHEMA_VERSION) if found else ():
+                for statement in _MIGRATIONS[version]:
                     self._db.execute(statement)
 
     @contextmanager
@@ -147,9 +160,16 @@ class Database:
 def sample_columns(
     sample: TrainingSample, job_id: str, position: int, now: float
 ) -> tuple[Any, ...]:
-    """A new row of `samples`, in the order of its columns, without the state."""
+    """A new row of `samples`, in the order of its columns."""
     ids = json.dumps(sample.context_ids), json.dumps(sample.continuation_ids)
-    return sample.id, job_id, position, sample.source, sample.weight, *ids, sample.content_hash, now
+    known = sample.id, job_id, position, sample.source, sample.weight, *ids, sample.content_hash
+    return (
+        *known,
+        now,
+        "queued",
+        json.dumps(sample.rejected_ids),
+        json.dumps(sample.teacher_context_ids),
+    )
 
 
 def sample_of(row: sqlite3.Row) -> TrainingSample:
@@ -158,6 +178,8 @@ def sample_of(row: sqlite3.Row) -> TrainingSample:
         id=row["id"],
         context_ids=tuple(json.loads(row["context_ids"])),
         continuation_ids=tuple(json.loads(row["continuation_ids"])),
+        rejected_ids=tuple(json.loads(row["rejected_ids"])),
+        teacher_context_ids=tuple(json.loads(row["teacher_context_ids"])),
         weight=row["weight"],
         source=row["source"],
         content_hash=row["content_hash"],

@@ -287,7 +287,7 @@ class Ledger(Database):
             (job_id, now, config.model_dump_json(), len(samples), config.epochs),
         )
         self._db.executemany(
-            "INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued')",
+            "INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 sample_columns(sample, job_id, position, now)
                 for position, sample in enumerate(samples)

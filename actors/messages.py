@@ -24,11 +24,18 @@ class _Posted(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Span = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+"""Start and end of a piece of text, in characters, the end not included."""
+
+
 class ChatMessage(_Posted):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
+    strip: bool | list[Span] = False
+    """True: the whole message is an instruction; or the spans of its content that are. Instructions
+    were in view when the answer was written and are absent when it is learned."""
 
 
 class _Sample(_Posted):
@@ -45,7 +52,9 @@ class ChatSample(_Sample):
 
     messages: list[ChatMessage] = Field(min_length=1)
     strip: list[Literal["system", "developer", "user", "assistant", "tool"]] = []
-    """Roles that were in view when the answer was written and are absent when it is learned."""
+    """Roles whose messages are instructions, as if each were marked `strip`."""
+    rejected: str | None = Field(default=None, min_length=1)
+    """A worse answer to the same messages, for the objective `preference`."""
 
 
 class TextSample(_Sample):
@@ -53,6 +62,10 @@ class TextSample(_Sample):
 
     context: str
     continuation: str
+    rejected: str | None = Field(default=None, min_length=1)
+    """A worse continuation, for the objective `preference`."""
+    teacher_context: str | None = None
+    """What the teacher reads instead of `context`, for the objective `distill`."""
 
 
 class TokenSample(_Sample):
@@ -60,6 +73,8 @@ class TokenSample(_Sample):
 
     context_ids: list[Annotated[int, Field(ge=0)]]
     continuation_ids: list[Annotated[int, Field(ge=0)]]
+    rejected_ids: list[Annotated[int, Field(ge=0)]] = []
+    teacher_context_ids: list[Annotated[int, Field(ge=0)]] = []
 
 
 def _kind_of_sample(value: Any) -> str:
@@ -88,7 +103,9 @@ class TrainConfig(_Posted):
     learning_rate: float = Field(default=1e-5, gt=0, le=1e-2)
     epochs: int = Field(default=1, ge=1, le=1000)
     warmup_steps: int = Field(default=0, ge=0, le=100_000)
-    objective: Literal["sft"] = "sft"
+    objective: Literal["sft", "distill", "preference"] = "sft"
+    """`sft` learns the continuation; `distill` the distribution that the live model gives to it
+    with the instruction in view; `preference` the continuation against a rejected one."""
     grad_context: int = Field(default=64, ge=0, le=1_048_576)
     """Last context tokens through which the gradient flows; the tokens before them are only read.
     More is dearer and closer to the exact gradient."""
@@ -119,6 +136,9 @@ class TrainingSample:
     id: str
     context_ids: tuple[int, ...]
     continuation_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...] = ()
+    teacher_context_ids: tuple[int, ...] = ()
+    """The context with its instructions, where they were stripped from `context_ids`."""
     weight: float = 1.0
     source: str | None = None
     content_hash: str = ""

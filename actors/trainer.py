@@ -8,7 +8,6 @@ One thread trains; control methods (`control` group) answer beside it. The ledge
 what is queued and trained; the thread keeps nothing that a restart would miss.
 """
 
-import hashlib
 import os
 import sqlite3
 import threading
@@ -20,27 +19,25 @@ from typing import TYPE_CHECKING, Any, Final
 import ray
 
 from actors.barrier import StepBarrier
-from actors.errors import Conflict, InvalidRequest, Unavailable
+from actors.encoding import Encoder
+from actors.errors import Conflict, Unavailable
 from actors.ledger import Ledger
 from actors.messages import (
     Acceptance,
     CellPaths,
-    ChatSample,
     EndState,
     Hold,
     JobView,
     QueuedJob,
-    Sample,
-    TextSample,
     TrainerReport,
-    TrainingSample,
     TrainRequest,
 )
 from actors.settings import Settings
+from actors.teacher import ask_teacher
 from actors.versions import VersionCounter
 
 if TYPE_CHECKING:
-    from apollo.learning.samples import Example
+    from apollo.learning.samples import TopLogprobs
     from apollo.learning.step import Learner
 
 IDLE_WAIT_S: Final = 1.0
@@ -70,8 +67,9 @@ class Trainer:
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._ledger: Ledger
         self._learner: Learner
-        self._tokenizer: Any = None
-        self._max_len = 0
+        self._encoder: Encoder
+        self._teachings: dict[str, TopLogprobs] = {}
+        """What the teacher said of this job's samples, when each was first trained."""
         self._num_tensors = 0
         self._weights_bytes = 0
         self._job_id: str | None = None
@@ -111,10 +109,11 @@ class Trainer:
             seed=trainer.seed,
             train_embeddings=trainer.train_embeddings,
         )
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        self._max_len = min(
-            self._settings.engine.max_model_len,
-            getattr(module.config, "max_position_embeddings", self._settings.engine.max_model_len),
+        max_len = self._settings.engine.max_model_len
+        self._encoder = Encoder(
+            tokenizer=AutoTokenizer.from_pretrained(model_dir, local_files_only=True),
+            vocab_size=self._learner.module.config.get_text_config().vocab_size,
+            max_len=min(max_len, getattr(module.config, "max_position_embeddings", max_len)),
         )
         self._ledger = Ledger(Path(self._paths.ledger))
         public = manifest.require(model_dir)
@@ -129,7 +128,10 @@ class Trainer:
     @ray.method(concurrency_group="control")
     def submit(self, request: TrainRequest) -> Acceptance:
         """Queue all samples of a request, durably, or none; a ReverieError says why not."""
-        samples = [self._encode(sample, at) for at, sample in enumerate(request.samples)]
+        samples = [
+            self._encoder.encode(sample, at, request.config)
+            for at, sample in enumerate(request.samples)
+        ]
         accepted = self._ledger.accept(
             samples, request.config, self._settings.trainer.max_queued_samples
         )
@@ -213,38 +215,6 @@ class Trainer:
             self._ledger.settle(version)
         return version
 
-    # A posted sample becomes token ids, or the reason why not.
-
-    def _encode(self, sample: Sample, at: int) -> TrainingSample:
-        from apollo.learning.samples import SampleError, truncate
-
-        try:
-            example = truncate(self._tokenise(sample), self._max_len)
-        except SampleError as error:
-            raise InvalidRequest(f"samples[{at}]: {error}").about(f"samples[{at}]") from None
-        content = sample.model_dump_json(exclude={"id", "source"})
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        return TrainingSample(
-            id=sample.id or f"sample-{os.urandom(8).hex()}",
-            context_ids=tuple(example.context_ids),
-            continuation_ids=tuple(example.continuation_ids),
-            weight=sample.weight,
-            source=sample.source,
-            content_hash=digest,
-        )
-
-    def _tokenise(self, sample: Sample) -> "Example":
-        from apollo.learning import samples
-
-        if isinstance(sample, ChatSample):
-            messages = [message.model_dump() for message in sample.messages]
-            return samples.encode_chat(self._tokenizer, messages, sample.strip)
-        if isinstance(sample, TextSample):
-            return samples.encode_text(self._tokenizer, sample.context, sample.continuation)
-        return samples.check_ids(
-            sample.context_ids, sample.continuation_ids, self._learner.module.config.vocab_size
-        )
-
     # The training thread.
 
     def _train(self) -> None:
@@ -269,6 +239,7 @@ class Trainer:
         except Conflict:
             return  # It was cancelled just before.
         self._job_id, self._steps = job.job_id, job.steps_done
+        self._teachings.clear()
         state: EndState = "done"
         error = None
         try:
@@ -279,7 +250,7 @@ class Trainer:
                     state = "cancelled"
                     break
                 self._step(job, index)
-        except (StepFailed, NonFiniteLoss) as failure:
+        except (StepFailed, NonFiniteLoss, Unavailable) as failure:
             state, error = "failed", str(failure)
         except sqlite3.Error as failure:
             # The step is made but not recorded: the cell restarts without it and makes it again.
@@ -304,8 +275,17 @@ class Trainer:
         from apollo.learning.step import NonFiniteLoss
 
         sample = job.samples[index % len(job.samples)]
-        example = Example(sample.context_ids, sample.continuation_ids, sample.weight)
         config = job.config
+        if config.objective == "distill" and sample.id not in self._teachings:
+            model = Path(self._paths.model_dir).name
+            self._teachings[sample.id] = ask_teacher(self._paths.socket, model, sample)
+        example = Example(
+            sample.context_ids,
+            sample.continuation_ids,
+            sample.weight,
+            sample.rejected_ids,
+            self._teachings.get(sample.id),
+        )
         warm_up = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         with self._barrier.step():
             begun = time.monotonic()

@@ -80,6 +80,12 @@ def config(key: str, value: Any, says: str) -> Bad:
     return train(f"{key} {json.dumps(value)}", body, 422, says, f"config.{key}")
 
 
+def needs(objective: str, says: str) -> Bad:
+    """A job whose sample lacks what its objective needs."""
+    body = {"samples": [GOOD], "config": {"objective": objective}}
+    return train(f"{objective} of a plain sample", body, 422, says, "samples[0]")
+
+
 def checkpoint(name: str, body: Any, status: int, says: str, param: str | None = None) -> Bad:
     return Bad(name, "POST", "/checkpoint", body, status, says, param)
 
@@ -253,6 +259,13 @@ SAMPLES = [
     sample("id a number", GOOD | {"id": 7}, "must be a valid string, got 7", ".id"),
     sample("source too long", GOOD | {"source": "x" * 513}, "at most 512", ".source"),
     sample("strip unknown role", GOOD | {"strip": ["robot"]}, 'got "robot"', ".strip[0]"),
+    sample("rejected without preference", GOOD | {"rejected": "No."}, "'preference' only"),
+    sample("rejected empty", GOOD | {"rejected": ""}, "at least 1 character", ".rejected"),
+    sample(
+        "strip beyond the text",
+        {"messages": [GOOD["messages"][0] | {"strip": [[0, 99]]}, GOOD["messages"][1]]},
+        "has the span (0, 99)",
+    ),
     sample("strip a string", GOOD | {"strip": "system"}, "must be a valid array", ".strip"),
 ]
 
@@ -267,8 +280,9 @@ CONFIGS = [
     config("epochs", 1.5, "must be a valid integer, got 1.5"),
     config("epochs", True, "must be a valid integer, got true"),
     config("warmup_steps", -1, "greater than or equal to 0"),
-    config("objective", "distill", "must be 'sft', got \"distill\""),
-    config("objective", "preference", "must be 'sft'"),
+    config("objective", "dpo", "must be 'sft', 'distill' or 'preference', got \"dpo\""),
+    needs("distill", "only the teacher reads"),
+    needs("preference", "needs a rejected continuation"),
     config("grad_context", -1, "greater than or equal to 0, got -1"),
     config("grad_ctx", 64, "unknown key"),
     config("lr", 1e-5, "unknown key"),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from actors import ledger as ledger_module
-from actors.database import BUSY_TIMEOUT_S
+from actors.database import BUSY_TIMEOUT_S, sample_of
 from actors.errors import Conflict, NotFound, SettingsError, TooBusy, Unavailable
 from actors.ledger import Ledger
 from actors.messages import JobState, QueuedJob, TrainConfig, TrainingSample
@@ -105,12 +106,31 @@ def test_a_commit_reaches_the_disk_before_it_returns(ledger: Ledger) -> None:
     }
 
 
+def test_the_ledger_of_an_older_reverie_is_brought_forward_with_its_samples(path: Path) -> None:
+    with closing(Ledger(path)) as ledger:
+        ledger.accept([sample("old")], TrainConfig(), 10)
+    with closing(sqlite3.connect(path)) as other:
+        for column in ("rejected_ids", "teacher_context_ids"):
+            other.execute(f"ALTER TABLE samples DROP COLUMN {column}")
+        other.execute("PRAGMA user_version = 1")
+        other.commit()
+    for _ in range(2):
+        with closing(Ledger(path)) as ledger:
+            job = ledger.next_job()
+            assert job is not None and job.samples == (sample("old"),)
+    with closing(Ledger(path)) as ledger:
+        new = replace(sample("new"), rejected_ids=(1, 2), teacher_context_ids=(3,))
+        ledger.accept([new], TrainConfig(), 10)
+        row = ledger._row("SELECT * FROM samples WHERE id = 'new'")
+        assert row is not None and sample_of(row) == new
+
+
 def test_the_ledger_of_a_newer_reverie_is_refused_and_left_alone(path: Path) -> None:
     with sqlite3.connect(path) as other:
-        other.execute("PRAGMA user_version = 2")
+        other.execute("PRAGMA user_version = 3")
     other.close()
     before = path.read_bytes()
-    with pytest.raises(SettingsError, match=r"ledger format 2.*knows 1.*newer Reverie"):
+    with pytest.raises(SettingsError, match=r"ledger format 3.*knows 2.*newer Reverie"):
         Ledger(path)
     assert path.read_bytes() == before
 

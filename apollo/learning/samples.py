@@ -9,7 +9,7 @@ is wrong and what to do; which of a request's samples it was is the caller's to 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -64,14 +64,45 @@ class Example:
         return len(self.continuation_ids) - (not self.context_ids)
 
 
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, strip: Sequence[str] = ()
-) -> Example:
-    """Learn the last message, the assistant's, after the messages before it without `strip` roles.
+def strip_instructions(
+    messages: Sequence[Mapping[str, Any]], roles: Sequence[str] = ()
+) -> list[dict[str, str]]:
+    """The messages as they are learned from: role and content, without instructions.
 
-    The context is the chat template with the generation prompt, as at serving time; the
-    continuation is what the template adds to it, up to and including the end-of-turn token.
-    Raises SampleError.
+    A message is an instruction if its role is in `roles` or its `strip` is true; where `strip` is a
+    list of (start, end) spans, those characters are. A message left without content goes too.
+    Raises SampleError for spans that overlap or reach beyond the content.
+    """
+    left = []
+    for index, message in enumerate(messages):
+        role, content, strip = message["role"], message["content"], message.get("strip") or []
+        if role in roles or strip is True:
+            continue
+        end_of_last, pieces = 0, []
+        for start, end in sorted(strip):
+            if not end_of_last <= start < end <= len(content):
+                raise SampleError(
+                    f"messages[{index}].strip has the span ({start}, {end}), but its content has "
+                    f"{len(content)} characters; give spans inside it that do not overlap"
+                )
+            pieces.append(content[end_of_last:start])
+            end_of_last = end
+        kept = "".join([*pieces, content[end_of_last:]])
+        if kept.strip() or not strip:
+            left.append({"role": role, "content": kept})
+    return left
+
+
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    strip: Sequence[str] = (),
+) -> Example:
+    """Learn the last message, the assistant's, after the messages before it without instructions.
+
+    The context is the chat template with the generation prompt, as at serving time, applied after
+    `strip_instructions`; the continuation is what the template adds to it, up to and including the
+    end-of-turn token. Raises SampleError.
     """
     if not messages:
         raise SampleError("there are no messages; end them with the assistant message to learn")
@@ -84,7 +115,12 @@ def encode_chat(
         )
     if not answer["content"].strip():
         raise SampleError("the assistant message is empty; give the answer that is to be learned")
-    context, full = _render(tokenizer, [m for m in before if m["role"] not in strip], answer)
+    if answer.get("strip"):
+        raise SampleError(
+            "the answer that is to be learned cannot be stripped; mark other messages"
+        )
+    learned = {"role": "assistant", "content": answer["content"]}
+    context, full = _render(tokenizer, strip_instructions(before, strip), learned)
     if not full.startswith(context):
         raise SampleError(
             "the chat template renders the messages before the answer differently once the answer "
