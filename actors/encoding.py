@@ -7,6 +7,7 @@ Knows samples and objectives; the tokenizer's arithmetic is `apollo.learning.sam
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,8 @@ class Encoder:
     vocab_size: int
     max_len: int
     """Longest context and continuation together; contexts are cut on the left to fit."""
+    check_size: Callable[[int, int], None] = lambda num_grad_tokens, num_read_tokens: None
+    """Raises InvalidRequest for more tokens, with and without gradient, than a step may have."""
 
     def encode(self, sample: Sample, at: int, config: TrainConfig) -> TrainingSample:
         """The sample at place `at` of a request; raises InvalidRequest that names it."""
@@ -53,6 +56,14 @@ class Encoder:
                     "set config.objective, or leave it out"
                 )
         except SampleError as error:
+            raise InvalidRequest(f"{where}: {error}").about(where) from None
+        num_context = len(learned.context_ids)
+        num_in_graph = min(num_context, max(1, config.grad_context))
+        num_learned = len(learned.continuation_ids) + len(rejected_ids)
+        num_tails = 2 if rejected_ids else 1
+        try:
+            self.check_size(num_learned + num_tails * num_in_graph, num_context - num_in_graph)
+        except InvalidRequest as error:
             raise InvalidRequest(f"{where}: {error}").about(where) from None
         content = sample.model_dump_json(exclude={"id", "source"}, exclude_defaults=True)
         return TrainingSample(

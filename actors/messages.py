@@ -258,6 +258,8 @@ class TrainerReport:
     """Share of the weights' elements that it changed; near 0 it is being rounded away."""
     last_limited: int | None = None
     """Number of tensors whose update it had to clip."""
+    last_step_bytes: int | None = None
+    """Most memory that the newest step took beyond what was there before it."""
     paused: str | None = None
     """What training waits for (a full disk); it goes on by itself."""
     reason: str | None = None

@@ -84,6 +84,16 @@ class TrainerSettings(_Group):
     """Implementation of the update; `compiled` is quicker on a CPU, after a minute of compiling."""
     train_embeddings: bool = False
     """Whether the embedding (and an lm_head tied to it) is trained too."""
+    checkpoint_layers: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it computed: about a
+    third slower, a tenth of the activations."""
+    max_step_tokens: int = Field(default=4096, ge=16)
+    """Most tokens of one step that the gradient flows through; a sample with more is refused."""
+    max_step_bytes: int | None = Field(default=None, ge=MIB)
+    """Most memory that a step may take beyond weights and optimizer state, as estimated when a
+    sample is posted; None does not ask."""
+    step_deadline_s: float = Field(default=300, gt=0)
+    """A step whose forward pass has used a third of this is given up, and its job fails."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the projections and of stochastic rounding."""
     epoch_steps: int = Field(default=8, ge=1)

@@ -20,7 +20,7 @@ import ray
 
 from actors.barrier import StepBarrier
 from actors.encoding import Encoder
-from actors.errors import Conflict, Unavailable
+from actors.errors import Conflict, InvalidRequest, Unavailable
 from actors.ledger import Ledger
 from actors.messages import (
     Acceptance,
@@ -32,7 +32,7 @@ from actors.messages import (
     TrainerReport,
     TrainRequest,
 )
-from actors.settings import Settings
+from actors.settings import MIB, Settings
 from actors.teacher import ask_teacher
 from actors.versions import VersionCounter
 
@@ -106,6 +106,7 @@ class Trainer:
             clip=trainer.clip,
             rounding=trainer.rounding,
             kernels=trainer.kernels,
+            checkpoint_layers=trainer.checkpoint_layers,
             seed=trainer.seed,
             train_embeddings=trainer.train_embeddings,
         )
@@ -113,6 +114,7 @@ class Trainer:
         self._encoder = Encoder(
             tokenizer=AutoTokenizer.from_pretrained(model_dir, local_files_only=True),
             vocab_size=self._learner.module.config.get_text_config().vocab_size,
+            check_size=self._check_size,
             max_len=min(max_len, getattr(module.config, "max_position_embeddings", max_len)),
         )
         self._ledger = Ledger(Path(self._paths.ledger))
@@ -215,6 +217,23 @@ class Trainer:
             self._ledger.settle(version)
         return version
 
+    def _check_size(self, num_grad_tokens: int, num_read_tokens: int) -> None:
+        """Raise InvalidRequest for a sample whose step would take more than the cell allows."""
+        limits = self._settings.trainer
+        if num_grad_tokens > limits.max_step_tokens:
+            raise InvalidRequest(
+                f"the gradient would flow through {num_grad_tokens} tokens and "
+                f"trainer.max_step_tokens is {limits.max_step_tokens}; shorten the continuation or "
+                "config.grad_context"
+            )
+        needed = self._learner.estimate(num_grad_tokens, num_read_tokens).total
+        if limits.max_step_bytes is not None and needed > limits.max_step_bytes:
+            raise InvalidRequest(
+                f"its step needs about {needed // MIB} MiB and trainer.max_step_bytes is "
+                f"{limits.max_step_bytes // MIB} MiB; shorten the continuation or "
+                "config.grad_context"
+            )
+
     # The training thread.
 
     def _train(self) -> None:
@@ -231,7 +250,7 @@ class Trainer:
 
     def _run(self, job: QueuedJob) -> None:
         """Train one job to its end, its failure, its cancellation, or the trainer's stop."""
-        from apollo.learning.step import NonFiniteLoss
+        from apollo.learning.step import NonFiniteLoss, StepTooLong
 
         try:
             version = self._versions.weights_version
@@ -250,7 +269,7 @@ class Trainer:
                     state = "cancelled"
                     break
                 self._step(job, index)
-        except (StepFailed, NonFiniteLoss, Unavailable) as failure:
+        except (StepFailed, NonFiniteLoss, StepTooLong, Unavailable) as failure:
             state, error = "failed", str(failure)
         except sqlite3.Error as failure:
             # The step is made but not recorded: the cell restarts without it and makes it again.
@@ -272,7 +291,7 @@ class Trainer:
 
     def _step(self, job: QueuedJob, index: int) -> None:
         from apollo.learning.samples import Example
-        from apollo.learning.step import NonFiniteLoss
+        from apollo.learning.step import NonFiniteLoss, StepTooLong
 
         sample = job.samples[index % len(job.samples)]
         config = job.config
@@ -297,8 +316,9 @@ class Trainer:
                     config.learning_rate * warm_up,
                     objective=config.objective,
                     grad_context=config.grad_context,
+                    deadline_s=self._settings.trainer.step_deadline_s,
                 )
-            except NonFiniteLoss:
+            except (NonFiniteLoss, StepTooLong):
                 self._spoiled = None  # Nothing was changed.
                 raise
             seconds = time.monotonic() - begun
@@ -314,6 +334,7 @@ class Trainer:
             "last_update_rms": report.update_rms,
             "last_changed": report.changed,
             "last_limited": report.num_limited,
+            "last_step_bytes": report.peak_bytes,
         }
         if report.skipped:
             raise StepFailed(

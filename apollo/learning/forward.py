@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from apollo.learning.loss import gather_logprobs
-from apollo.learning.prefix import MIN_SUFFIX, read_prefix
+from apollo.learning.prefix import MIN_SUFFIX, READ_TOKENS, read_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CHECK_TOKENS = (40, 9)
 """Context and continuation of the start-up check: longer than any convolution's tail."""
+CHECK_READ_TOKENS = 25
+"""So that the context of that check is read in two parts."""
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest difference of a log-probability in the start-up check."""
 
@@ -38,7 +40,12 @@ class Reader:
     """One context, read once, for any number of continuations; valid until the weights change."""
 
     def __init__(
-        self, module: "PreTrainedModel", context_ids: Sequence[int], grad_context: int, room: int
+        self,
+        module: "PreTrainedModel",
+        context_ids: Sequence[int],
+        grad_context: int,
+        room: int,
+        num_at_once: int = READ_TOKENS,
     ) -> None:
         """`room` is the number of continuation tokens that certainly follow."""
         num_grad = max(1, grad_context, MIN_SUFFIX + 1 - room)
@@ -50,7 +57,7 @@ class Reader:
         """Context tokens that are read without gradient."""
         if num_read:
             ids = torch.tensor([context_ids[:num_read]], device=module.device)
-            self._prefix = read_prefix(module, ids)
+            self._prefix = read_prefix(module, ids, num_at_once)
 
     def logprobs(
         self, continuation_ids: Sequence[int], ids_tk: Sequence[Sequence[int]] | None = None
@@ -111,7 +118,8 @@ def check_prefix(module: "PreTrainedModel") -> None:
     expected = expected_tv.gather(-1, targets)
     try:
         # With gradient: checkpointing does what it does only then.
-        found = Reader(module, context, 0, num_continuation).logprobs(continuation).detach()
+        reader = Reader(module, context, 0, num_continuation, CHECK_READ_TOKENS)
+        found = reader.logprobs(continuation).detach()
         difference = (found - expected).abs().max().item()
         finding = f"log-probabilities differ by {difference:.3g} from the full forward pass"
     except RuntimeError as error:

@@ -32,6 +32,9 @@ MIN_SUFFIX = 4
 """Tokens of the shortest suffix. Linear attention has another path for a single one, which writes
 its state in place, and reads a convolution tail of up to 4."""
 
+READ_TOKENS = 512
+"""Tokens of a context that are read at once."""
+
 
 class UnsupportedLayer(TypeError):
     """The model has a kind of layer whose state cannot be read without writing."""
@@ -98,18 +101,21 @@ _FROZEN = {
 }
 
 
-def read_prefix(module: "PreTrainedModel", context_ids: Tensor) -> Cache:
+def read_prefix(
+    module: "PreTrainedModel", context_ids: Tensor, num_at_once: int = READ_TOKENS
+) -> Cache:
     """Read context_ids_bt without gradient; the cache may be used by any number of suffixes.
 
-    Valid until the weights change. Blocks for a forward pass without logits. Raises
-    UnsupportedLayer.
+    Valid until the weights change. Blocks for a forward pass without logits, `num_at_once` tokens
+    at a time, which bounds its memory. Raises UnsupportedLayer.
     """
     cache = DynamicCache(config=module.config)
     was_training = module.training
     module.eval()  # In training mode a checkpointed layer drops the cache that it is given.
     try:
         with torch.no_grad():
-            module.get_decoder()(input_ids=context_ids, past_key_values=cache, use_cache=True)
+            for part in context_ids.split(num_at_once, dim=1):
+                module.get_decoder()(input_ids=part, past_key_values=cache, use_cache=True)
     finally:
         module.train(was_training)
     return freeze(cache)

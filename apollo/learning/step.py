@@ -16,10 +16,12 @@ of memory that another process reads: they are written in place and never replac
 """
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from apollo.learning.budget import Memory, estimate_memory, measured_peak
 from apollo.learning.forward import check_prefix, let_checkpointing_read
 from apollo.learning.objective import Objective, loss_of
 from apollo.learning.samples import Example
@@ -29,6 +31,10 @@ from apollo.optim.release import attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class StepTooLong(TimeoutError):
+    """The step would pass its deadline; no weight and no optimizer state has changed."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -43,6 +49,8 @@ class StepReport:
     """Before the step: mean over the predicted tokens, times the example's weight."""
     tensors: Mapping[str, TensorReport]
     """What it did to each parameter."""
+    peak_bytes: int | None = None
+    """Most memory that it took beyond what was there before; None where nobody can say."""
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -99,6 +107,7 @@ class Learner:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         chosen = choose_kernels(kernels)
         self.optimizer = Apollo(trained, kernels=chosen, **settings)
+        self._checkpoint_layers = checkpoint_layers
         if checkpoint_layers:
             let_checkpointing_read(module)
         check_prefix(module)
@@ -111,22 +120,41 @@ class Learner:
         *,
         objective: Objective = "sft",
         grad_context: int = 0,
+        deadline_s: float = math.inf,
     ) -> StepReport:
-        """Learn `example` once; raises NonFiniteLoss before anything changes.
+        """Learn `example` once; raises NonFiniteLoss or StepTooLong before anything changes.
 
+        A backward pass cannot be stopped half way, and takes about twice as long as the forward
+        pass: what has used up a third of its deadline by then is given up.
         The last `grad_context` tokens of the context are in the graph, and at least one.
         """
-        loss = loss_of(self.module, example, objective, grad_context)
-        loss_value = loss.item()
+        begun = time.monotonic()
+        with measured_peak(self.module.device) as peak:
+            loss = loss_of(self.module, example, objective, grad_context)
+            loss_value = loss.item()
+            self._refuse(loss_value, time.monotonic() - begun, deadline_s)
+            self._release.begin_step(learning_rate)
+            loss.backward()
+            self._release.end_step()
+        return StepReport(loss_value, self.optimizer.reports, *peak)
+
+    def estimate(self, num_grad_tokens: int, num_read_tokens: int) -> Memory:
+        """Memory that such a step will take."""
+        return estimate_memory(
+            self.module, num_grad_tokens, num_read_tokens, self._checkpoint_layers
+        )
+
+    def _refuse(self, loss_value: float, forward_s: float, deadline_s: float) -> None:
         if not math.isfinite(loss_value):
             raise NonFiniteLoss(
                 f"the loss is {loss_value}; nothing was changed. Look for weights that are not "
                 "finite, or return to an earlier checkpoint"
             )
-        self._release.begin_step(learning_rate)
-        loss.backward()
-        self._release.end_step()
-        return StepReport(loss_value, self.optimizer.reports)
+        if forward_s > deadline_s / 3:
+            raise StepTooLong(
+                f"the forward pass took {forward_s:.0f} s, so the step would pass its deadline of "
+                f"{deadline_s:.0f} s; nothing was changed. Shorten the sample or its grad_context"
+            )
 
     def close(self) -> None:
         """Remove the hooks; the module is an ordinary one again."""

@@ -5,6 +5,8 @@ memory is shared (`memory.py`). A layout is data: JSON of names, numbers and han
 
     checkpoint tensor "model.layers.0.self_attn.k_proj.weight"
         -> block 0, byte 113_246_208, shape (192, 576), stride (576, 1), float32
+
+A rank of a tensor-parallel engine holds boxes of tensors: such a view also says which box it is.
 """
 
 import json
@@ -42,6 +44,15 @@ def dtype_name(dtype: torch.dtype, tensor_name: str) -> str:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which box of a checkpoint tensor a view is; the box's size is the view's shape."""
+
+    start: tuple[int, ...]
+    whole: tuple[int, ...]
+    """Shape of the checkpoint tensor."""
+
+
+@dataclass(frozen=True)
 class TensorView:
     """One checkpoint tensor as a view of a block; offsets in bytes, strides in elements."""
 
@@ -51,6 +62,8 @@ class TensorView:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str
+    part: Part | None = None
+    """None if the engine holds the whole tensor; a rank may hold several boxes of one tensor."""
 
     @property
     def num_elements(self) -> int:
@@ -110,11 +123,10 @@ class WeightLayout:
         return layout
 
     def _check(self) -> None:
-        seen: set[str] = set()
+        seen: dict[str, list[TensorView]] = {}
         for view in self.tensors:
-            if view.name in seen:
-                raise LayoutError(f"{view.name}: mapped twice")
-            seen.add(view.name)
+            _check_part(view, seen.setdefault(view.name, []))
+            seen[view.name].append(view)
             if view.dtype not in DTYPES:
                 raise LayoutError(f"{view.name}: type {view.dtype!r} is not one of {list(DTYPES)}")
             if not 0 <= view.block < len(self.blocks):
@@ -164,11 +176,45 @@ class WeightLayout:
         return cls.checked(
             device=data["device"],
             blocks=tuple(Block(**block) for block in data["blocks"]),
-            tensors=tuple(
-                TensorView(
-                    **{**view, "shape": tuple(view["shape"]), "stride": tuple(view["stride"])}
-                )
-                for view in data["tensors"]
-            ),
+            tensors=tuple(_read(view) for view in data["tensors"]),
             padding_bytes=data["padding_bytes"],
         )
+
+
+def _check_part(view: TensorView, others: list[TensorView]) -> None:
+    """Whether `view` is a sound part of its tensor, apart from the `others` of the same name."""
+    part = view.part
+    if part is None or any(other.part is None for other in others):
+        if others:
+            raise LayoutError(f"{view.name}: mapped twice")
+        return
+    box = f"box {view.shape} at {part.start}"
+    if not len(part.start) == len(part.whole) == len(view.shape):
+        raise LayoutError(f"{view.name}: {box} of {part.whole} is not a box")
+    axes = list(zip(part.start, view.shape, part.whole, strict=True))
+    if any(at < 0 or at + size > end for at, size, end in axes):
+        raise LayoutError(f"{view.name}: {box} lies outside the tensor of {part.whole}")
+    if view.shape == part.whole:
+        raise LayoutError(f"{view.name}: is whole, and recorded as a part of itself")
+    for other in others:
+        assert other.part is not None
+        if (other.part.whole, other.dtype) != (part.whole, view.dtype):
+            raise LayoutError(f"{view.name}: its parts are of different tensors")
+        if boxes_meet(part.start, view.shape, other.part.start, other.shape):
+            raise LayoutError(f"{view.name}: mapped twice, in part: {box}")
+
+
+def boxes_meet(
+    start: tuple[int, ...], size: tuple[int, ...], at: tuple[int, ...], length: tuple[int, ...]
+) -> bool:
+    """Whether the box of `size` at `start` shares an element with the one of `length` at `at`."""
+    return all(a < b + m and b < a + n for a, n, b, m in zip(start, size, at, length, strict=True))
+
+
+def _read(view: dict[str, Any]) -> TensorView:
+    """A view as JSON gives it, where every tuple is a list."""
+    part = view.pop("part", None)
+    if part is not None:
+        part = Part(tuple(part["start"]), tuple(part["whole"]))
+    shape, stride = tuple(view.pop("shape")), tuple(view.pop("stride"))
+    return TensorView(**view, shape=shape, stride=stride, part=part)

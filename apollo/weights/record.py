@@ -9,18 +9,19 @@ recorded, traced back to the checkpoint tensor it read, and merged into one stri
               +-- source intervals (data_ptr) ----- Recorder --------+--> pieces -> TensorView
 
 Whatever does not trace back (a transformed, repacked or computed tensor) is an error with its name.
+Tensors on the meta device are recorded like any others, so a map needs no memory.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Final
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo.weights.layout import LayoutError, TensorView, dtype_name
+from apollo.weights.pieces import Piece, box_of, merge, merge_parts
 
 MAX_LIVE_SOURCES: Final = 64
 """Checkpoint tensors whose addresses are remembered; a loader uses a tensor soon after it came."""
@@ -46,30 +47,22 @@ class _Source:
     tensor: torch.Tensor
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A box of a checkpoint tensor and where it was copied to. Size-1 axes carry no stride."""
-
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    block: int
-    offset_bytes: int
-    strides: tuple[int | None, ...]
-
-
 class Recorder(TorchDispatchMode):
     """Watches writes into `spans` while a loader runs; `views` then gives the map.
 
     Use `watch` around the checkpoint iterator, and the recorder itself as a context manager around
-    the loader. Raises LayoutError as soon as a write cannot be explained.
+    the loader. Raises LayoutError as soon as a write cannot be explained. A tensor that the loader
+    copies only in part is an error, unless this process `is_rank`: one of several, each of which
+    holds parts of tensors.
     """
 
-    def __init__(self, spans: Iterable[Span]) -> None:
+    def __init__(self, spans: Iterable[Span], *, is_rank: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._is_rank = is_rank
         self._spans = sorted(spans, key=lambda span: span.address)
         self._live: deque[_Source] = deque(maxlen=MAX_LIVE_SOURCES)
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._pieces: dict[str, list[_Piece]] = {}
+        self._pieces: dict[str, list[Piece]] = {}
         self._filled: dict[str, int] = {}
 
     def watch(
@@ -127,14 +120,14 @@ class Recorder(TorchDispatchMode):
             raise LayoutError(
                 f"{name}: shape {tuple(origin.shape)} is broadcast to {tuple(target.shape)}"
             )
-        start, size, strides = _box_of(source, origin, target)
-        offset = span.block_offset_bytes + target.data_ptr() - span.address
-        self._pieces.setdefault(name, []).append(_Piece(start, size, span.block, offset, strides))
+        start, size, strides = box_of(name, tensor, origin, target)
+        offset = span.block_offset_bytes + address_of(target) - span.address
+        self._pieces.setdefault(name, []).append(Piece(start, size, span.block, offset, strides))
 
     def _span_of(self, tensor: torch.Tensor) -> Span | None:
-        if tensor.numel() == 0 or tensor.device.type == "meta":
+        if tensor.numel() == 0:
             return None
-        address = tensor.data_ptr()
+        address = address_of(tensor)
         low, high = 0, len(self._spans)
         while low < high:
             middle = (low + high) // 2
@@ -148,10 +141,10 @@ class Recorder(TorchDispatchMode):
         return span if address < span.address + span.size_bytes else None
 
     def _source_of(self, tensor: torch.Tensor) -> _Source | None:
-        address = tensor.data_ptr()
+        address = address_of(tensor)
         for source in reversed(self._live):
-            begin = source.tensor.data_ptr()
-            if begin <= address < begin + source.tensor.numel() * source.tensor.element_size():
+            begin = address_of(source.tensor)
+            if begin <= address < begin + source.tensor.nbytes:
                 return source
         return None
 
@@ -164,7 +157,7 @@ class Recorder(TorchDispatchMode):
         Raises LayoutError for a tensor that was never copied, and for an engine parameter with
         elements that neither a checkpoint tensor nor a fill explains.
         """
-        views = []
+        views: list[TensorView] = []
         for name, (shape, dtype) in self._shapes.items():
             pieces = self._pieces.get(name)
             if not pieces:
@@ -172,7 +165,11 @@ class Recorder(TorchDispatchMode):
                     f"{name}: is in the checkpoint but the engine never copied it; "
                     "a tensor that is not served cannot be taught"
                 )
-            views.append(_merge(name, shape, dtype_name(dtype, name), pieces))
+            known = dtype_name(dtype, name)
+            if self._is_rank:
+                views += merge_parts(name, shape, known, pieces)
+            else:
+                views.append(merge(name, shape, known, pieces))
         return tuple(views), self._padding(views)
 
     def _padding(self, views: list[TensorView]) -> int:
@@ -203,91 +200,12 @@ class Recorder(TorchDispatchMode):
         return total
 
 
-def _box_of(
-    source: _Source, origin: torch.Tensor, target: torch.Tensor
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int | None, ...]]:
-    """Which box of the source `origin` is, and the target's stride along each of its axes."""
-    name, whole = source.name, source.tensor
-    if not whole.is_contiguous():
-        raise LayoutError(f"{name}: the checkpoint reader gave a tensor that is not contiguous")
-    flat = (origin.data_ptr() - whole.data_ptr()) // whole.element_size()
-    start = []
-    for step in whole.stride():
-        start.append(flat // step)
-        flat %= step
-    size = [1] * whole.dim()
-    strides: list[int | None] = [None] * whole.dim()
-    axis = 0
-    for length, step, target_step in zip(
-        origin.shape, origin.stride(), target.stride(), strict=True
-    ):
-        if length == 1:
-            continue
-        while axis < whole.dim() and (whole.stride(axis) != step or whole.size(axis) == 1):
-            axis += 1
-        if axis == whole.dim():
-            raise LayoutError(
-                f"{name}: the loader reads it transposed or reshaped; "
-                "a transformed tensor cannot be taught in place"
-            )
-        size[axis], strides[axis] = length, target_step
-        axis += 1
-    if any(at + n > end for at, n, end in zip(start, size, whole.shape, strict=True)):
-        raise LayoutError(f"{name}: the loader reads it reshaped, across its rows")
-    return tuple(start), tuple(size), tuple(strides)
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor begins; on the meta device a number that behaves like an address.
 
-
-def _merge(name: str, shape: tuple[int, ...], dtype: str, pieces: list[_Piece]) -> TensorView:
-    """One view of all pieces, which must tile the tensor without gap or overlap."""
-    itemsize = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    if len({piece.block for piece in pieces}) > 1:
-        raise LayoutError(f"{name}: lies in several blocks of memory")
-    if sum(prod(piece.size) for piece in pieces) != prod(shape) or _boxes_overlap(pieces):
-        raise LayoutError(f"{name}: the loader copies some of its elements twice or never")
-    stride = [_stride_along(name, axis, shape, pieces, itemsize) for axis in range(len(shape))]
-    first = min(pieces, key=lambda piece: piece.start)
-    base = first.offset_bytes - _offset(first, stride, itemsize)
-    for piece in pieces:
-        if piece.offset_bytes - _offset(piece, stride, itemsize) != base:
-            raise LayoutError(f"{name}: its pieces do not form one strided view in the engine")
-    kept = [step for step, length in zip(stride, shape, strict=True) if length > 1]
-    if kept != sorted(kept, reverse=True):
-        raise LayoutError(f"{name}: lies transposed in the engine's memory")
-    return TensorView(name, first.block, base, shape, tuple(stride), dtype)
-
-
-def _offset(piece: _Piece, stride: list[int], itemsize: int) -> int:
-    return sum(at * step for at, step in zip(piece.start, stride, strict=True)) * itemsize
-
-
-def _stride_along(
-    name: str, axis: int, shape: tuple[int, ...], pieces: list[_Piece], itemsize: int
-) -> int:
-    """Stride in elements: as a piece states it, or from the distance of neighbouring pieces."""
-    if shape[axis] == 1:
-        return 1
-    stated = {piece.strides[axis] for piece in pieces} - {None}
-    if len(stated) == 1:
-        return int(stated.pop() or 0)
-    if not stated:
-        line = [p for p in pieces if _others(p.start, axis) == _others(pieces[0].start, axis)]
-        low = min(line, key=lambda piece: piece.start[axis])
-        high = max(line, key=lambda piece: piece.start[axis])
-        distance = (high.offset_bytes - low.offset_bytes) // itemsize
-        if high is not low:
-            return distance // (high.start[axis] - low.start[axis])
-    raise LayoutError(f"{name}: its pieces have different strides along axis {axis}")
-
-
-def _others(start: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return start[:axis] + start[axis + 1 :]
-
-
-def _boxes_overlap(pieces: list[_Piece]) -> bool:
-    def meet(one: _Piece, other: _Piece) -> bool:
-        return all(
-            a < b + m and b < a + n
-            for a, n, b, m in zip(one.start, one.size, other.start, other.size, strict=True)
-        )
-
-    return any(meet(one, other) for at, one in enumerate(pieces) for other in pieces[at + 1 :])
+    Two meta tensors are as far apart as their storage says, and in another storage out of reach.
+    Valid, like an address, as long as the storage lives.
+    """
+    if not tensor.is_meta:
+        return tensor.data_ptr()
+    return (tensor.untyped_storage()._cdata << 64) + tensor.storage_offset() * tensor.itemsize
