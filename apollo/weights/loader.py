@@ -4,8 +4,11 @@ Runs in vLLM's engine process, a child that never executes our start-up code: `p
 vLLM finds it. Owns the order below, and refuses any model for which a step does not hold.
 
     create model -> place parameters in shared memory -> load, recording copies -> layout
-        -> compare every view with the checkpoint, bit for bit -> vLLM's own post-processing
-        -> check that no parameter moved -> write the layout
+        -> vLLM's own post-processing -> check that no parameter moved
+        -> compare every view with the checkpoint, bit for bit -> write the layout
+
+The comparison comes last: some kernels shuffle a weight in place (FlashInfer's experts do), and
+what moved inside a parameter has not moved as far as its address tells.
 """
 
 import dataclasses
@@ -51,16 +54,23 @@ class SharedLoader(DefaultModelLoader):
         """Load as vLLM does; raises LayoutError with a tensor's name if one copy is impossible."""
         refuse_configuration(vllm_config)
         model: nn.Module = super().load_model(vllm_config, model_config, prefix)
-        assert self._layout is not None
+        layout = self._layout
+        assert layout is not None
         check_unmoved(model, self._spans)
-        if self._layout.device == "cpu":
+        served = (
+            Mapping(layout, is_writable=False).tensors()
+            if layout.device == "cpu"
+            else _views_here(model, self._spans, layout)
+        )
+        compare_with_checkpoint(served, super().get_all_weights(model_config, model))
+        if layout.device == "cpu":
             compute_in_place(model)
-        self._layout.save(self._layout_path)
+        layout.save(self._layout_path)
         self._tell("engine")
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Place, load, record, compare; leaves the layout for `load_model` to publish."""
+        """Place, load, record; leaves the layout for `load_model` to compare and publish."""
         refuse_quantised(model)
         self._tell("weights")
         blocks, self._spans = place(model, self._weights_path)
@@ -72,12 +82,6 @@ class SharedLoader(DefaultModelLoader):
         self._recorder = None
         device = next(model.parameters()).device.type
         self._layout = WeightLayout.checked(device, blocks, views, padding)
-        served = (
-            Mapping(self._layout, is_writable=False).tensors()
-            if device == "cpu"
-            else _views_here(model, self._spans, self._layout)
-        )
-        compare_with_checkpoint(served, super().get_all_weights(model_config, model))
         for module in model.modules():
             if isinstance(module, LinearBase):
                 # Otherwise vLLM's CPU back end repacks the weight and deletes the original.
@@ -137,7 +141,10 @@ def compare_with_checkpoint(served: dict[str, torch.Tensor], weights: Any) -> No
                 f"{tuple(tensor.shape)} {tensor.dtype} in the checkpoint"
             )
         if not torch.equal(_bits(view), _bits(tensor.to(view.device))):
-            raise LayoutError(f"{name}: differs from the checkpoint; its map is wrong")
+            raise LayoutError(
+                f"{name}: differs from the checkpoint; its map is wrong, or vLLM shuffled it for "
+                f"a kernel{_remedy(name)}"
+            )
         left.discard(name)
     if left:
         raise LayoutError(f"{min(left)}: is in the layout but not in the checkpoint")
@@ -172,9 +179,16 @@ def check_unmoved(model: nn.Module, spans: tuple[Span, ...]) -> None:
         tensor = tensors.get(span.name)
         if tensor is None or tensor.data_ptr() != span.address:
             raise LayoutError(
-                f"{span.name}: vLLM repacked it after loading, so the engine would compute with a "
-                "copy; this layer type is not supported"
+                f"{span.name}: vLLM repacked it after loading or left it out, so the engine would "
+                f"compute with other memory; this layer type is not supported{_remedy(span.name)}"
             )
+
+
+def _remedy(name: str) -> str:
+    """What helps where only some of vLLM's kernels are at fault."""
+    if "experts" not in name:
+        return ""
+    return "; experts are served in place by Triton's kernels: a GPU, and --moe-backend triton"
 
 
 def compute_in_place(model: nn.Module) -> None:

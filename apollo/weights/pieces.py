@@ -27,6 +27,18 @@ class Piece:
     strides: tuple[int | None, ...]
 
 
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor begins; on the meta device a number that behaves like an address.
+
+    Two meta tensors are as far apart as their storage says, and in another storage out of reach.
+    Valid, like an address, as long as the storage lives.
+    """
+    if not tensor.is_meta:
+        return tensor.data_ptr()
+    storage: int = tensor.untyped_storage()._cdata
+    return (storage << 64) + int(tensor.storage_offset()) * tensor.itemsize
+
+
 def box_of(
     name: str, whole: torch.Tensor, origin: torch.Tensor, target: torch.Tensor
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int | None, ...]]:
@@ -36,7 +48,7 @@ def box_of(
     """
     if not whole.is_contiguous():
         raise LayoutError(f"{name}: the checkpoint reader gave a tensor that is not contiguous")
-    flat = origin.storage_offset() - whole.storage_offset()
+    flat = (address_of(origin) - address_of(whole)) // whole.element_size()
     start = []
     for step in whole.stride():
         start.append(flat // step)
@@ -101,13 +113,6 @@ def merge_parts(
     moved = [replace(piece, start=_minus(piece.start, low)) for piece in pieces]
     view = merge(name, size, dtype, moved)
     return [view if size == whole else replace(view, part=Part(low, whole))]
-
-
-def piece_at(start: tuple[int, ...], size: tuple[int, ...], view: TensorView) -> Piece:
-    """The tensor of `view` as the box of a larger one; its last axes are the view's own."""
-    strides = [step if length > 1 else None for step, length in zip(view.stride, view.shape)]
-    strides = [None] * (len(size) - len(strides)) + strides
-    return Piece(start, size, view.block, view.offset_bytes, tuple(strides))
 
 
 def _minus(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

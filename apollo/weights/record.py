@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo.weights.layout import LayoutError, TensorView, dtype_name
-from apollo.weights.pieces import Piece, box_of, merge, merge_parts
+from apollo.weights.pieces import Piece, address_of, box_of, merge, merge_parts
 
 MAX_LIVE_SOURCES: Final = 64
 """Checkpoint tensors whose addresses are remembered; a loader uses a tensor soon after it came."""
@@ -198,14 +198,3 @@ class Recorder(TorchDispatchMode):
                 )
             total += missing
         return total
-
-
-def address_of(tensor: torch.Tensor) -> int:
-    """Where a tensor begins; on the meta device a number that behaves like an address.
-
-    Two meta tensors are as far apart as their storage says, and in another storage out of reach.
-    Valid, like an address, as long as the storage lives.
-    """
-    if not tensor.is_meta:
-        return tensor.data_ptr()
-    return (tensor.untyped_storage()._cdata << 64) + tensor.storage_offset() * tensor.itemsize
