@@ -111,9 +111,6 @@ class ReferenceApollo:
     update: Array = field(init=False)
     """What the last step subtracted, over the learning rate; without the weight decay."""
     limited: float = 1.0
-    cancelled: float = 1.0
-    """The worst |P| |g| / |P g| of a channel so far: how much a projection's sum cancels, and so
-    by how much it multiplies the rounding errors of whoever adds in float32."""
     adam: Adam = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,25 +138,16 @@ class ReferenceApollo:
         rank, side = projection_rm.shape
         alpha = math.sqrt(side / rank) if self.scale is None else self.scale
         projected_rn = projection_rm @ grad_mn
-        self._note_cancelling(np.abs(projection_rm) @ np.abs(grad_mn), projected_rn)
         adam_rn = self.adam.direction(projected_rn)
-        if rank == 1:  # Mini: one factor for the tensor
-            before, after = np.linalg.norm(projected_rn), np.linalg.norm(adam_rn)
-            return alpha * grad_mn * (after / before if before > 0 else 0.0)
         update_mn = np.zeros_like(grad_mn)
-        for channel in range(grad_mn.shape[1]):
-            before = np.linalg.norm(projected_rn[:, channel])
-            after = np.linalg.norm(adam_rn[:, channel])
+        channels = range(grad_mn.shape[1])
+        # Mini: all channels share one factor.
+        for together in [[channel] for channel in channels] if rank > 1 else [list(channels)]:
+            before = np.linalg.norm(projected_rn[:, together])
+            after = np.linalg.norm(adam_rn[:, together])
             if before > 0:
-                update_mn[:, channel] = alpha * grad_mn[:, channel] * after / before
+                update_mn[:, together] = alpha * grad_mn[:, together] * after / before
         return update_mn
-
-    def _note_cancelling(self, sizes_rn: Array, projected_rn: Array) -> None:
-        for channel in range(sizes_rn.shape[1]):
-            size = np.linalg.norm(sizes_rn[:, channel])
-            if size > 0:
-                left = np.linalg.norm(projected_rn[:, channel])
-                self.cancelled = max(self.cancelled, float(size / left))
 
     def _per_neuron(self, grad_ij: Array) -> Array:
         if self.has_momentum:
