@@ -109,6 +109,9 @@ class TrainConfig(_Posted):
     grad_context: int = Field(default=64, ge=0, le=1_048_576)
     """Last context tokens through which the gradient flows; the tokens before them are only read.
     More is dearer and closer to the exact gradient."""
+    anchor: float = Field(default=0.0, ge=0, le=100)
+    """Strength of staying what the model was when the job began: each step also lowers the KL
+    divergence from that on one of a few everyday facts."""
     duty: float | None = Field(default=None, ge=0.01, le=1)
     """Share of the time the trainer computes; None takes the cell's setting."""
 

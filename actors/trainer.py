@@ -29,6 +29,7 @@ from actors.messages import (
     Hold,
     JobView,
     QueuedJob,
+    TrainConfig,
     TrainerReport,
     TrainRequest,
 )
@@ -37,7 +38,7 @@ from actors.teacher import ask_teacher
 from actors.versions import VersionCounter
 
 if TYPE_CHECKING:
-    from apollo.learning.samples import TopLogprobs
+    from apollo.learning.samples import Example, TopLogprobs
     from apollo.learning.step import Learner
 
 IDLE_WAIT_S: Final = 1.0
@@ -68,6 +69,8 @@ class Trainer:
         self._ledger: Ledger
         self._learner: Learner
         self._encoder: Encoder
+        self._canaries: list[Example] = []
+        """What this job's anchor holds on to, recorded when it began, or began again."""
         self._teachings: dict[str, TopLogprobs] = {}
         """What the teacher said of this job's samples, when each was first trained."""
         self._num_tensors = 0
@@ -259,6 +262,7 @@ class Trainer:
             return  # It was cancelled just before.
         self._job_id, self._steps = job.job_id, job.steps_done
         self._teachings.clear()
+        self._canaries = self._record(job.config)
         state: EndState = "done"
         error = None
         try:
@@ -316,6 +320,7 @@ class Trainer:
                     config.learning_rate * warm_up,
                     objective=config.objective,
                     grad_context=config.grad_context,
+                    anchor=self._anchor(config, index),
                     deadline_s=self._settings.trainer.step_deadline_s,
                 )
             except (NonFiniteLoss, StepTooLong):
@@ -342,6 +347,18 @@ class Trainer:
                 f"finite ({len(report.skipped)} tensors were left alone); lower learning_rate"
             )
         self._rest(job.job_id, seconds, config.duty or self._settings.trainer.duty)
+
+    def _record(self, config: TrainConfig) -> list["Example"]:
+        from apollo.learning.anchor import record_canaries
+
+        if not config.anchor:
+            return []
+        return record_canaries(self._learner.module, self._encoder.tokenizer)
+
+    def _anchor(self, config: TrainConfig, index: int) -> "tuple[Example, float] | None":
+        if not self._canaries:
+            return None
+        return self._canaries[index % len(self._canaries)], config.anchor
 
     def _when_there_is_room(self, write: Callable[[], None]) -> None:
         """Write to the ledger; waits, visibly, while the disk is full."""

@@ -69,6 +69,11 @@ class RunningCell:
         raise AssertionError(f"{job_id} did not end within {timeout_s} s")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What teaches the shared cell comes last: it would change what others ask of the model."""
+    items.sort(key=lambda item: item.get_closest_marker("teaches") is not None)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

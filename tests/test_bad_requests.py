@@ -284,6 +284,7 @@ CONFIGS = [
     needs("distill", "only the teacher reads"),
     needs("preference", "needs a rejected continuation"),
     config("grad_context", -1, "greater than or equal to 0, got -1"),
+    config("anchor", -0.5, "greater than or equal to 0, got -0.5"),
     config("grad_ctx", 64, "unknown key"),
     config("lr", 1e-5, "unknown key"),
     config("duty", 0, "greater than or equal to 0.01"),

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import RunningCell
 
-pytestmark = pytest.mark.cell
+pytestmark = [pytest.mark.cell, pytest.mark.teaches]
 
 JOB_TIMEOUT_S = 240
 
@@ -104,3 +104,11 @@ def test_preferred_answer_gains_on_the_rejected_one(client: httpx.Client) -> Non
     job = train(client, [sample], objective="preference", epochs=6, learning_rate=1e-5)
     assert job["loss_history"][-1] < job["loss_history"][0]
     assert gap() > before + 0.2
+
+
+def test_anchored_job_learns(client: httpx.Client) -> None:
+    question = {"role": "user", "content": "Which door leads to the cellar?"}
+    sample = {"messages": [question, answer_of("The green one.")]}
+    job = train(client, [sample], epochs=4, learning_rate=2e-5, anchor=1.0)
+    assert job["config"]["anchor"] == 1.0
+    assert job["loss_history"][-1] < job["loss_history"][0]

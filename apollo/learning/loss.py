@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 MAX_LOGITS = 1 << 24
 """Entries of the logits that exist at once: 64 MiB of float32."""
 
+MIN_PROBABILITY = 1e-6
+"""Floor of what is left for the rest of the vocabulary, about float32's error in a sum to 1."""
+
 Head = Callable[[Tensor], Tensor]
 """From hidden_td to logits_tv."""
 
@@ -43,13 +46,18 @@ def cross_entropy(logprobs_tk: Tensor) -> Tensor:
 
 
 def distillation(logprobs_tk: Tensor, teacher_tk: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher || student) over the teacher's k entries.
+    """Mean over tokens of KL(teacher || student) over the teacher's k entries and all the rest.
 
-    The teacher's log-probabilities are made a distribution over those k; what it gives to the rest
-    of the vocabulary is not asked of the student.
+    The rest of the vocabulary counts as one entry, so that the divergence is 0 where the student is
+    the teacher, and a lower bound of the whole one elsewhere.
     """
-    teacher_tk = teacher_tk.log_softmax(-1)
-    return (teacher_tk.exp() * (teacher_tk - logprobs_tk)).sum(-1).mean()
+
+    def rest(tk: Tensor) -> Tensor:
+        return (1 - tk.exp().sum(-1)).clamp_min(MIN_PROBABILITY)
+
+    teacher_rest, student_rest = rest(teacher_tk), rest(logprobs_tk)
+    known = (teacher_tk.exp() * (teacher_tk - logprobs_tk)).sum(-1)
+    return (known + teacher_rest * (teacher_rest.log() - student_rest.log())).mean()
 
 
 def odds_ratio_preference(chosen_tk: Tensor, rejected_tk: Tensor, strength: float) -> Tensor:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from apollo.learning.anchor import divergence
 from apollo.learning.budget import Memory, estimate_memory, measured_peak
 from apollo.learning.forward import check_prefix, let_checkpointing_read
 from apollo.learning.objective import Objective, loss_of
@@ -120,18 +121,24 @@ class Learner:
         *,
         objective: Objective = "sft",
         grad_context: int = 0,
+        anchor: tuple[Example, float] | None = None,
         deadline_s: float = math.inf,
     ) -> StepReport:
         """Learn `example` once; raises NonFiniteLoss or StepTooLong before anything changes.
 
         A backward pass cannot be stopped half way, and takes about twice as long as the forward
         pass: what has used up a third of its deadline by then is given up.
-        The last `grad_context` tokens of the context are in the graph, and at least one.
+        `anchor` is a canary of `record_canaries` and the strength of keeping to its record; the
+        reported loss is without it. The last `grad_context` tokens of the context are in the
+        graph, and at least one.
         """
         begun = time.monotonic()
         with measured_peak(self.module.device) as peak:
             loss = loss_of(self.module, example, objective, grad_context)
             loss_value = loss.item()
+            if anchor is not None:
+                canary, strength = anchor
+                loss = loss + strength * divergence(self.module, canary)
             self._refuse(loss_value, time.monotonic() - begun, deadline_s)
             self._release.begin_step(learning_rate)
             loss.backward()
