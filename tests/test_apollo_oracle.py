@@ -1,6 +1,7 @@
 """Every rule, shape, dtype and limit of the optimizer against the float64 oracle of `reference`."""
 
 import math
+import shutil
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from apollo.optim import update
+from apollo.optim.compiled import CompiledKernels
 from apollo.optim.optimizer import Apollo
+from apollo.optim.update import Kernels
 from tests import reference
 from tests.reference import Array, ReferenceApollo
 
@@ -146,13 +149,19 @@ def value_of(case: Case, optimizer: Apollo, param: Tensor) -> Array:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(case=cases())
 def test_weights_and_reports_agree_with_the_oracle(case: Case) -> None:
+    """4000 cases came to 18 units at most, where a projection's sum happened to cancel, and to 1
+    elsewhere; `NEAR`, of 64, leaves room for a worse draw.
+    """
+    compare(case)
+
+
+def compare(case: Case, kernels: Kernels | None = None) -> None:
     """Errors are counted in units of one float32 operation on the norms of the numbers that a step
-    adds up: the old weight, the new one, and the update. 4000 cases came to 18 such units at most,
-    where a projection's sum happened to cancel, and to 1 elsewhere; 64 leave room for a worse draw.
+    adds up: the old weight, the new one, and the update.
     """
     generator = torch.Generator().manual_seed(case.seed + 1)
     param = Parameter(torch.randn(case.shape, generator=generator).to(case.dtype))
-    optimizer = Apollo([(case.name, param)], seed=case.seed, **case.settings)
+    optimizer = Apollo([(case.name, param)], seed=case.seed, kernels=kernels, **case.settings)
     oracle = make_oracle(case, as_float64(param))
     lr, gap, rank = (case.settings[key] for key in ("lr", "update_proj_gap", "rank"))
     allowed = 0.0
@@ -182,6 +191,28 @@ def test_weights_and_reports_agree_with_the_oracle(case: Case) -> None:
         if case.dtype == torch.bfloat16 and case.settings["rounding"] != "corrected":
             # A rounded weight is where the next step starts from.
             oracle.weight, allowed = as_float64(param), 0.0
+
+
+COMPILED: list[tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = [
+    ((20, 33), torch.float32, {}),
+    ((33, 20), torch.bfloat16, {"rounding": "stochastic", "weight_decay": 0.1}),
+    ((24, 24), torch.bfloat16, {"rounding": "corrected", "rank": 1, "norm_growth": 1.01}),
+    ((20, 33), torch.bfloat16, {"rounding": "nearest", "mode": "scale"}),
+    ((33,), torch.float32, {"clip": 1.0}),
+]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
+@pytest.mark.parametrize(("shape", "dtype", "changed"), COMPILED, ids=str)
+def test_compiled_kernels_agree_with_the_oracle(
+    shape: tuple[int, ...], dtype: torch.dtype, changed: dict[str, Any]
+) -> None:
+    """Over a refresh of the projection, a gradient of nothing and a huge one."""
+    defaults = {"mode": "apollo", "rank": 3, "betas": (0.9, 0.99), "eps": 1e-10, "scale": "auto"}
+    limits = {"clip": 1.3, "norm_growth": None, "weight_decay": 0.0, "rounding": "nearest"}
+    chosen = {"lr": 0.03, "update_proj_gap": 2, **defaults, **limits, **changed}
+    sizes = (1.0, 1.0, 0.0, 1.0, 1e12)
+    compare(Case("lm_head.weight", shape, dtype, chosen, sizes, True, 50, 3), CompiledKernels())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
