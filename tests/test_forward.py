@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
 from apollo.learning import forward, loss
 from apollo.learning.forward import (
@@ -81,38 +84,47 @@ def test_whole_context_in_the_graph_gives_the_gradient_of_ordinary_training(name
     assert_close(gradients(module), expected, 1e-3)
 
 
-def detached_gradient(module: Any, num_read: int) -> dict[str, Tensor]:
-    """Gradient of one full forward in which every layer's prefix keys and values are detached."""
+def detached_gradient(module: Any, num_read: int, patch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Gradient of one full forward, without a cache, in which everything that a layer hands from
+    the first tokens to later ones is detached: keys and values; of linear attention, what enters
+    the convolution and the recurrence.
+    """
 
-    class Detaching(DynamicLayer):  # type: ignore[misc]
-        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
-            cut = [
-                torch.cat([part[:, :, :num_read].detach(), part[:, :, num_read:]], dim=-2)
-                for part in (keys, values)
-            ]
-            return tuple(cut)
+    def cut(tensor: Tensor, axis: int) -> Tensor:
+        read, learned = tensor.split([num_read, tensor.shape[axis] - num_read], axis)
+        return torch.cat([read.detach(), learned], axis)
 
-    num_layers = module.config.num_hidden_layers
-    ids = torch.tensor([IDS[:-1]])
-    logits = module(
-        input_ids=ids, past_key_values=Cache(layers=[Detaching() for _ in range(num_layers)])
-    ).logits
-    logprobs = logits[0, -8:].log_softmax(-1).gather(-1, torch.tensor(IDS[-8:]).unsqueeze(-1))
-    cross_entropy(logprobs).backward()
+    name = module.config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, gemma2.eager_attention_forward)
+
+    def attend_detached(
+        layer: Any, query: Tensor, key: Tensor, value: Tensor, *a: Any, **k: Any
+    ) -> Any:
+        return attend(layer, query, cut(key, 2), cut(value, 2), *a, **k)
+
+    convolve, recur = qwen3_5.causal_conv1d_fn, qwen3_5.torch_chunk_gated_delta_rule
+
+    def recur_detached(*qkv: Tensor, g: Tensor, beta: Tensor, **k: Any) -> Any:
+        return recur(*(cut(part, 1) for part in qkv), g=cut(g, 1), beta=cut(beta, 1), **k)
+
+    patch.setitem(ALL_ATTENTION_FUNCTIONS, name, attend_detached)
+    patch.setattr(qwen3_5, "causal_conv1d_fn", lambda x, *a, **k: convolve(cut(x, 2), *a, **k))
+    patch.setattr(qwen3_5, "torch_chunk_gated_delta_rule", recur_detached)
+    cross_entropy(full_logprobs(module, IDS, 8)).backward()
     return gradients(module)
 
 
 @pytest.mark.parametrize("grad_context", [0, 5, 20])
-@pytest.mark.parametrize("name", ["llama", "qwen2-biases", "qwen3", "qwen3-experts"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_of_a_suffix_is_that_of_a_full_forward_with_the_prefix_detached(
-    name: str, grad_context: int
+    name: str, grad_context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make_model(name)
     reader = Reader(module, IDS[:-8], grad_context, 8)
     cross_entropy(reader.logprobs(IDS[-8:])).backward()
     found = gradients(module)
     assert reader.num_read == len(IDS) - 8 - max(1, grad_context)
-    assert_close(found, detached_gradient(module, reader.num_read), 1e-3)
+    assert_close(found, detached_gradient(module, reader.num_read, monkeypatch), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-windows", "qwen3.5-hybrid"])
