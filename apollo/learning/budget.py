@@ -69,7 +69,8 @@ def measured_peak(device: torch.device) -> Iterator[list[int]]:
     """Put the most bytes that were taken inside, over those at its start, into the list at its end.
 
     On a GPU as torch's allocator counts; on a CPU the resident memory of the process, where the
-    kernel lets us reset its mark: otherwise the list stays empty.
+    kernel lets us reset its mark: otherwise the list stays empty. What was freed before and kept by
+    the C library's allocator is resident already, and does not count when it is used again.
     """
     found: list[int] = []
     if device.type == "cuda":
