@@ -36,6 +36,7 @@ class Engine:
         self._llm: Any = None
         self._server: Any = None
         self._serving: asyncio.Task[None] | None = None
+        self._end_of_pause: asyncio.Task[None] | None = None
         self._max_model_len = 0
         self._version = ""
         # vLLM reads these when it is imported, and its child inherits them.
@@ -132,6 +133,32 @@ class Engine:
         """SHA-256 of the engine parameter `name`, computed in vLLM's process."""
         answers = await self._llm.collective_rpc("reverie_digest", args=(name,))
         return str(answers[0])
+
+    @ray.method
+    async def pause(self, limit_s: float) -> None:
+        """Run no forward pass until `resume`, or until `limit_s` have passed; requests wait.
+
+        Blocks this call until the pass in progress has ended.
+        """
+        await self._resume()
+        # First the end, so that there is one whatever becomes of this call and its caller.
+        self._end_of_pause = asyncio.create_task(self._resume_after(limit_s))
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+
+    @ray.method
+    async def resume(self) -> None:
+        """End a pause. Idempotent."""
+        await self._resume()
+
+    async def _resume(self) -> None:
+        if self._end_of_pause is not None:
+            self._end_of_pause.cancel()
+            self._end_of_pause = None
+            await self._llm.resume_generation()
+
+    async def _resume_after(self, limit_s: float) -> None:
+        await asyncio.sleep(limit_s)
+        await self._llm.resume_generation()
 
     @ray.method
     async def stop(self) -> None:

@@ -104,6 +104,9 @@ class TrainerSettings(_Group):
     """Longest time for building the module over the shared weights."""
     step_timeout_s: float = Field(default=600, gt=0)
     """Longest time a checkpoint waits for the step in progress."""
+    pause_engine: bool = False
+    """Experimental: run no forward pass during a step, so that none reads weights half written.
+    Answers stall for the whole step, at most `step_deadline_s`. See experiments/hogwild.py."""
 
 
 class LimitSettings(_Group):

@@ -13,6 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,7 @@ from actors.messages import (
     TrainerReport,
     TrainRequest,
 )
+from actors.pausing import paused_engine
 from actors.settings import MIB, Settings
 from actors.teacher import ask_teacher
 from actors.versions import VersionCounter
@@ -310,7 +312,7 @@ class Trainer:
             self._teachings.get(sample.id),
         )
         warm_up = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        with self._barrier.step():
+        with self._barrier.step(), self._quiet():
             begun = time.monotonic()
             # Said before the barrier opens: a checkpoint that waits must not keep a broken step.
             self._spoiled = "a step broke off"
@@ -347,6 +349,10 @@ class Trainer:
                 f"finite ({len(report.skipped)} tensors were left alone); lower learning_rate"
             )
         self._rest(job.job_id, seconds, config.duty or self._settings.trainer.duty)
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        trainer = self._settings.trainer
+        return paused_engine(trainer.step_deadline_s) if trainer.pause_engine else nullcontext()
 
     def _record(self, config: TrainConfig) -> list["Example"]:
         from apollo.learning.anchor import record_canaries
