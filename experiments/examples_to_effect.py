@@ -1,6 +1,7 @@
 """How many examples a behaviour needs until prompts that were never learned show it.
 
     .venv/bin/python experiments/examples_to_effect.py --plot docs/examples_to_effect.png
+    .venv/bin/python experiments/examples_to_effect.py --steps 20 --counts 1 2 5 10 20
     ray job submit --working-dir . -- python experiments/examples_to_effect.py --out /tmp/runs.jsonl
 
 The behaviour is one that a rule can judge: an answer about cooking begins with "Kitchen note:". An
@@ -15,8 +16,10 @@ instruction:
     neutral      24 questions about anything else: the same, although nobody asked for it
     canaries     KL divergence from the base model on everyday facts, in nats per token
 
-A seed draws the examples and their order, and the optimizer's projections. A finished run is a line
-in `--out`, and is not repeated: a killed experiment goes on where it was.
+More examples are also more steps; `--steps` goes round the examples for the same number of steps
+whatever their number, and so tells the two apart. A seed draws the examples, their order and the
+optimizer's projections. A finished run is a line in `--out`, and is not repeated: a killed
+experiment goes on where it was.
 """
 
 import argparse
@@ -125,11 +128,11 @@ class Run:
 class Bench:
     """The model, its base weights, and what is asked of it."""
 
-    def __init__(self, directory: Path, config: TrainConfig) -> None:
+    def __init__(self, directory: Path, config: TrainConfig, num_steps: int | None) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         self.tokenizer.padding_side = "left"
         self.module: Any = AutoModelForCausalLM.from_pretrained(directory).train()
-        self._config = config
+        self._config, self._num_steps = config, num_steps
         self._base = {name: value.clone() for name, value in self.module.state_dict().items()}
         self._canaries = record_canaries(self.module, self.tokenizer)
         prompts = " ".join(COOKING.split()).split(" / ")
@@ -190,6 +193,14 @@ class Bench:
         """What the base model does on the held-out prompts with the instruction in view."""
         return self.look(self._held_out, INSTRUCTION)
 
+    def _total_steps(self, num_examples: int) -> int:
+        steps = self._num_steps or num_examples * self._config.epochs
+        return steps if num_examples else 0
+
+    def cost(self, num_examples: int) -> int:
+        """About proportional to a run's time: to look takes as long as some steps."""
+        return self._total_steps(num_examples) + 12
+
     def run(self, setting: str, num_examples: int, seed: int) -> Run:
         """Learn from the base weights, then look; 0 examples are the base model itself."""
         begun = time.perf_counter()
@@ -215,17 +226,14 @@ class Bench:
             train_embeddings=served.train_embeddings,
             seed=seed,
         )
-        losses = [
-            fmean(
-                learner.step(
-                    example, self._config.learning_rate, grad_context=self._config.grad_context
-                ).loss
-                for example in drawn
-            )
-            for _ in range(self._config.epochs)
-        ]
+        config, losses = self._config, []
+        for index in range(self._total_steps(num_examples)):
+            example = drawn[index % num_examples]
+            report = learner.step(example, config.learning_rate, grad_context=config.grad_context)
+            losses.append(report.loss)
         learner.close()
-        return losses
+        passes = range(0, len(losses), num_examples)
+        return [fmean(losses[at : at + num_examples]) for at in passes]
 
 
 def make_runs(
@@ -236,13 +244,13 @@ def make_runs(
     known = {(r.num_examples, r.seed): r for r in map(Run.from_json, lines) if r.setting == setting}
     wanted = [(0, 0), *((count, seed) for seed in range(seeds) for count in counts)]
     left = [key for key in wanted if key not in known]
-    begun, done = time.perf_counter(), 0.0
-    total = sum(_cost(count) for count, _ in left)
+    begun, done = time.perf_counter(), 0
+    total = sum(bench.cost(count) for count, _ in left)
     for count, seed in left:
         run = known[count, seed] = bench.run(setting, count, seed)
         with out.open("a") as file:
             file.write(json.dumps(asdict(run)) + "\n")
-        done += _cost(count)
+        done += bench.cost(count)
         to_go = (time.perf_counter() - begun) * (total - done) / done / 60
         print(
             f"{count:>2} examples, seed {seed}: {run.held_out.share:4.0%} of held-out "
@@ -252,11 +260,6 @@ def make_runs(
             flush=True,
         )
     return [known[key] for key in wanted]
-
-
-def _cost(num_examples: int) -> float:
-    """About proportional to a run's time: the looking counts as a few examples."""
-    return num_examples + 3
 
 
 def by_count(runs: Sequence[Run]) -> dict[int, list[Run]]:
@@ -352,6 +355,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a directory or hub id")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=4, help="times that each example is seen")
+    parser.add_argument("--steps", type=int, help="of every run, instead of passes")
     parser.add_argument("--lr", type=float, default=TrainConfig().learning_rate)
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="of examples")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
@@ -362,8 +366,11 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     adopted = adopt(arguments.model, Path(arguments.home).expanduser(), None, print)
     config = TrainConfig(learning_rate=arguments.lr, epochs=arguments.passes)
-    setting = f"{adopted.name}, learning rate {arguments.lr:g}, {arguments.passes} passes"
-    bench = Bench(adopted.directory, config)
+    length = f"{arguments.steps} steps" if arguments.steps else f"{arguments.passes} passes"
+    setting = f"{adopted.name}, learning rate {arguments.lr:g}, {length}"
+    if arguments.steps and max(arguments.counts) > arguments.steps:
+        raise SystemExit(f"--steps {arguments.steps} does not reach every example; lower --counts")
+    bench = Bench(adopted.directory, config, arguments.steps)
     instructed = bench.instructed()
     print(f"{setting}; with the instruction in view {instructed}", flush=True)
     runs = make_runs(bench, setting, arguments.counts, arguments.seeds, Path(arguments.out))
