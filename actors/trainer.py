@@ -324,6 +324,7 @@ class Trainer:
                     grad_context=config.grad_context,
                     anchor=self._anchor(config, index),
                     deadline_s=self._settings.trainer.step_deadline_s,
+                    before_writing=self._versions.begin_writing,
                 )
             except (NonFiniteLoss, StepTooLong):
                 self._spoiled = None  # Nothing was changed.

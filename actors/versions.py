@@ -14,6 +14,7 @@ _MAGIC: Final = b"REVERIE1"
 _NUMBER: Final = struct.Struct("=Q")
 _VERSION_AT: Final = 8
 _EPOCH_AT: Final = 16
+_NEWEST_AT: Final = 24
 _SIZE: Final = mmap.PAGESIZE
 
 
@@ -33,7 +34,7 @@ class VersionCounter:
 
     @classmethod
     def create(cls, path: str) -> "VersionCounter":
-        """Make the page with both numbers 0, readable by this user only."""
+        """Make the page with all numbers 0, readable by this user only."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, _SIZE)
@@ -49,7 +50,17 @@ class VersionCounter:
     @weights_version.setter
     def weights_version(self, value: int) -> None:
         assert value >= self.weights_version, "a version number is never taken back"
+        self._write(_NEWEST_AT, value)
         self._write(_VERSION_AT, value)
+
+    @property
+    def newest_version(self) -> int:
+        """What the weights may be of in part: above `weights_version` while a step writes."""
+        return self._read(_NEWEST_AT)
+
+    def begin_writing(self) -> None:
+        """Say that weights of the next version are about to be written."""
+        self._write(_NEWEST_AT, self.weights_version + 1)
 
     @property
     def epoch(self) -> int:

@@ -2,7 +2,7 @@
 
     client --> ingress replica --(pooled connections, engine.sock)--> vLLM's app
 
-What is added: the version of the weights that answered. Nothing is parsed, so nothing is lost.
+What is added: the versions of the weights that answered. Nothing is parsed, so nothing is lost.
 """
 
 import asyncio
@@ -41,7 +41,9 @@ class EngineProxy:
         await self._session.close()
 
     async def forward(self, request: Request, body: bytes, done: Callable[[], None]) -> Response:
-        """vLLM's answer, with the versions of the weights at its first and last byte.
+        """vLLM's answer, with the oldest and the newest version of what it may have read.
+
+        The same number twice names one whole version; two numbers, a mixture of those between.
 
         `done` is called once, when the last byte has been sent or the client has gone. Raises
         Unavailable if the engine is gone before it answered anything.
@@ -78,7 +80,7 @@ class EngineProxy:
         headers[VERSION_HEADER] = str(first)
         if is_stream:
             return _Stream(answer, chunk, headers, self._versions, done)
-        headers[LAST_VERSION_HEADER] = str(self._versions.weights_version)
+        headers[LAST_VERSION_HEADER] = str(self._versions.newest_version)
         response = Response(chunk, answer.status, headers)
         done()
         return response
@@ -128,7 +130,7 @@ class _Stream(Response):
             while chunk and not gone.done():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = await self._answer.content.readany()
-            first, last = self.headers[VERSION_HEADER], self._versions.weights_version
+            first, last = self.headers[VERSION_HEADER], self._versions.newest_version
             comment = f": weights_version first={first} last={last}\n\n".encode()
             await send({"type": "http.response.body", "body": comment})
         except aiohttp.ClientError:

@@ -108,7 +108,7 @@ def largest(one: Tensor, two: Tensor) -> float:
 
 def judge(reference: Reference, at: int, found: Tensor, first: int, last: int) -> Probe:
     """Hold a served probe against the whole versions that it may have read."""
-    known_vt = torch.stack([whole[at] for whole in reference.logprobs[first : last + 2]])
+    known_vt = torch.stack([whole[at] for whole in reference.logprobs[first : last + 1]])
     low_t, high_t = known_vt.amin(0), known_vt.amax(0)
     return Probe(
         first,

@@ -22,13 +22,13 @@ SHORTEST_GAP_MS: Final = 10.0
 class Probe:
     """One answer to the question how likely a fixed text is, held against whole versions.
 
-    Those are the versions from `first` to the one after `last`, which may have been in the making.
+    Those are the versions from `first` to `last`, the last of which may have been in the making.
     """
 
     first: int
     """Version of the weights when the request came."""
     last: int
-    """Version when it was answered."""
+    """Newest version that any weight may have been of when it was answered."""
     distance: float
     """Largest difference of a token's log-probability from the nearest of them, in nats."""
     outside: float

@@ -446,6 +446,16 @@ async def test_bytes_and_headers_pass_unchanged(upstream: Upstream, proxy: Engin
     assert "authorization" not in seen.headers and "cookie" not in seen.headers
 
 
+async def test_answer_during_a_step_names_the_version_in_the_making(
+    upstream: Upstream, proxy: EngineProxy
+) -> None:
+    upstream.versions.begin_writing()
+    upstream.answer = events(b"data: 1\n\n")
+    client = await exchange(proxy, request_of(b"{}"), Done())
+    comment = f": weights_version first={VERSIONS_FIRST} last={VERSIONS_FIRST + 1}\n\n".encode()
+    assert client.body.endswith(comment)
+
+
 async def test_get_has_no_body(upstream: Upstream, proxy: EngineProxy) -> None:
     async def reply(request: web.Request) -> web.Response:
         return web.Response(body=b"{}", content_type="application/json")

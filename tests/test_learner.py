@@ -54,6 +54,17 @@ def test_loss_falls_and_every_parameter_but_the_embedding_moves(dtype: torch.dty
     assert all(param.grad is None for param in module.parameters())
 
 
+def test_step_says_once_that_weights_will_change_and_before_they_do() -> None:
+    learner = Learner(small_llama(), rank=4)
+    before, said = bits_of(learner), []
+    learner.step(EXAMPLE, 1e-3, before_writing=lambda: said.append(bits_of(learner)))
+    assert said == [before] and bits_of(learner) != before
+    with pytest.raises(NonFiniteLoss), torch.no_grad():
+        learner.module.get_parameter("model.norm.weight").fill_(math.nan)
+        learner.step(EXAMPLE, 1e-3, before_writing=lambda: said.append({}))
+    assert len(said) == 1, "nothing was written"
+
+
 def test_embeddings_are_trained_on_request() -> None:
     module = small_llama()
     before = module.model.embed_tokens.weight.detach().clone()

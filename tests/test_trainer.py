@@ -3,7 +3,7 @@
 import math
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,14 @@ class ScriptedLearner:
         self.script = list(script)
         self.rates: list[float] = []
 
-    def step(self, example: Any, learning_rate: float, **_: Any) -> StepReport:
+    def step(
+        self, example: Any, learning_rate: float, *, before_writing: Callable[[], None], **_: Any
+    ) -> StepReport:
         self.rates.append(learning_rate)
         result = self.script.pop(0) if self.script else StepReport(1.0, {})
+        if isinstance(result, NonFiniteLoss):
+            raise result
+        before_writing()
         if isinstance(result, Exception):
             raise result
         return result
@@ -70,6 +75,7 @@ def test_warm_up_is_linear_and_every_step_is_one_version(trainer: Trainer) -> No
     view = run(trainer, learner, epochs=6, warmup_steps=4, learning_rate=1e-3)
     assert learner.rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
     assert (view.status, view.steps, view.weights_version) == ("done", 6, 6)
+    assert trainer._versions.newest_version == 6
 
 
 def test_epochs_of_the_cache_end_within_a_job_and_with_it(trainer: Trainer) -> None:
@@ -104,6 +110,7 @@ def test_a_loss_that_is_not_finite_fails_the_job_and_makes_no_version(trainer: T
     view = run(trainer, ScriptedLearner(good, NonFiniteLoss("the loss is nan")), epochs=3)
     assert view.status == "failed" and "nan" in (view.error or "")
     assert (view.steps, trainer._versions.weights_version) == (1, 1)
+    assert trainer._versions.newest_version == 1, "nothing was written"
     assert hold(trainer).weights_version == 1
 
 

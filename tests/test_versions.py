@@ -34,6 +34,16 @@ def test_reader_sees_what_the_writer_wrote(path: str) -> None:
     assert (reader.epoch, reader.weights_version) == (1, 2**40)
 
 
+def test_version_in_the_making_is_named_as_long_as_it_is_written(path: str) -> None:
+    counter = VersionCounter.create(path)
+    counter.weights_version = 5
+    assert counter.newest_version == 5
+    counter.begin_writing()
+    assert (counter.weights_version, counter.newest_version) == (5, 6)
+    counter.weights_version += 1
+    assert (counter.weights_version, counter.newest_version) == (6, 6)
+
+
 def test_another_process_sees_it_and_is_seen(path: str) -> None:
     writer = VersionCounter.create(path)
     writer.weights_version = 41

@@ -17,7 +17,7 @@ of memory that another process reads: they are written in place and never replac
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,7 @@ class Learner:
         grad_context: int = 0,
         anchor: tuple[Example, float] | None = None,
         deadline_s: float = math.inf,
+        before_writing: Callable[[], None] = lambda: None,
     ) -> StepReport:
         """Learn `example` once; raises NonFiniteLoss or StepTooLong before anything changes.
 
@@ -130,7 +131,7 @@ class Learner:
         pass: what has used up a third of its deadline by then is given up.
         `anchor` is a canary of `record_canaries` and the strength of keeping to its record; the
         reported loss is without it. The last `grad_context` tokens of the context are in the
-        graph, and at least one.
+        graph, and at least one. `before_writing` is called just before any weight may change.
         """
         begun = time.monotonic()
         with measured_peak(self.module.device) as peak:
@@ -140,6 +141,7 @@ class Learner:
                 canary, strength = anchor
                 loss = loss + strength * divergence(self.module, canary)
             self._refuse(loss_value, time.monotonic() - begun, deadline_s)
+            before_writing()
             self._release.begin_step(learning_rate)
             loss.backward()
             self._release.end_step()
