@@ -80,8 +80,9 @@ class TrainerSettings(_Group):
     rounding: Literal["stochastic", "nearest", "corrected"] = "stochastic"
     """How an update becomes bfloat16; `corrected` keeps 8 more bits of each weight beside it, and
     `nearest` loses most of a small step."""
-    kernels: Literal["auto", "eager", "compiled"] = "auto"
-    """Implementation of the update; `compiled` is quicker on a CPU, after a minute of compiling."""
+    kernels: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """Implementation of the update; `auto` is `triton` on a GPU and `eager` on a CPU, where
+    `compiled` is quicker, after a minute of compiling."""
     train_embeddings: bool = False
     """Whether the embedding (and an lm_head tied to it) is trained too."""
     checkpoint_layers: bool = False

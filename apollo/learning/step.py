@@ -106,7 +106,7 @@ class Learner:
             if part is not None:
                 part.requires_grad_(train_embeddings)
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        chosen = choose_kernels(kernels)
+        chosen = choose_kernels(kernels, module.device)
         self.optimizer = Apollo(trained, kernels=chosen, **settings)
         self._checkpoint_layers = checkpoint_layers
         if checkpoint_layers:
