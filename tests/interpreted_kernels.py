@@ -95,10 +95,10 @@ def test_projected_updates_agree_with_the_oracle(
 ) -> None:
     """Over a refresh of the projection, a gradient of nothing and a huge one."""
     dtype, rounding = PRECISIONS[precision]
-    chosen = {"lr": 0.03, "mode": "apollo", "rank": rank, "betas": (0.9, 0.99), "eps": 1e-10}
-    chosen |= {"update_proj_gap": 2, "scale": "auto", "clip": 1.3, "norm_growth": 1.5}
+    chosen = {"lr": 0.03, "mode": "apollo", "rank": rank, "betas": (0.3, 0.99), "eps": 1e-10}
+    chosen |= {"update_proj_gap": 2, "scale": "auto", "clip": 1.3, "norm_growth": 1.01}
     chosen |= {"weight_decay": 0.1, "rounding": rounding}
-    sizes = (1.0, 1.0, 0.0, 1.0, 1e12)
+    sizes = (1.0, 0.0, 1e12)
     compare(Case("q_proj.weight", shape, dtype, chosen, sizes, True, 1 << 20, 3), TritonKernels())
 
 
@@ -151,6 +151,8 @@ def test_weights_and_state_agree_with_torch_at_the_real_sizes_of_blocks(
         optimizer, param = make(kernels, shape, precision, rule, weight)
         for _ in range(2):
             step(optimizer, param, torch.randn(shape, generator=generator))
+            if "norm_mean" in optimizer.state[param]:  # as after many small gradients
+                optimizer.state[param]["norm_mean"].mul_(0.01)
         found.append(states(optimizer, param))
         if "correction" in found[-1]:
             found[-1]["param"] = undo_correction(param.detach(), found[-1].pop("correction"))
@@ -188,10 +190,30 @@ def test_a_value_is_rounded_to_the_bits_of_torch(rule: str, rounding: Rounding) 
         assert torch.equal(rounded.state[param]["correction"], correction)
 
 
+def test_nearest_takes_ties_to_the_even_number() -> None:
+    """A gradient of one element a row, normalised to -1, moves that element by exactly lr."""
+    weight = torch.ones(16, 20, dtype=torch.bfloat16)
+    weight[:, 0] = (1 + torch.arange(16) * 2.0**-7) * torch.tensor([1, 1, -1, -1]).repeat(4)
+    grad = torch.zeros(16, 20)
+    grad[:, 0] = -1
+    param = Parameter(weight.clone())
+    optimizer = Apollo(
+        [("q_proj.weight", param)],
+        2.0**-8,
+        mode="scale",
+        scale=1.0,
+        clip=None,
+        rounding="nearest",
+        kernels=TritonKernels(),
+    )
+    step(optimizer, param, grad)
+    assert torch.equal(param, (weight.float() - 2.0**-8 * grad).bfloat16())
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     ("precision", "broken"),
-    [("float32", math.nan), ("stochastic", math.inf), ("nearest", 1e30), ("corrected", -math.inf)],
+    [("float32", math.nan), ("stochastic", math.inf), ("nearest", 1e17), ("corrected", -math.inf)],
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_gradient_that_is_not_finite_changes_no_bit(
