@@ -83,9 +83,11 @@ def measure(
     Reads a block of G once for `BLOCK_R` rows of P. Without `normal` only the squares. `root` is
     1 / sqrt(r).
     """
-    split = tl.program_id(2)
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.program_id(1)
+    # Programs that read the same block of G are neighbours, for the sake of the cache.
+    num_across = tl.cdiv(rank, BLOCK_R)
+    r = tl.program_id(0) % num_across * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(0) // num_across * BLOCK_C + tl.arange(0, BLOCK_C)
     projected_rc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     squares_c = tl.zeros((BLOCK_C,), tl.float32)
     end = tl.minimum((split + 1) * split_size, side)
@@ -105,7 +107,7 @@ def measure(
         at = (split * rank + r).to(tl.int64)[:, None] * channels + c
         is_there = (r < rank)[:, None] & (c < channels)
         tl.store(projected + at, projected_rc * root, is_there)
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) % num_across == 0:
         tl.store(squares + split.to(tl.int64) * channels + c, squares_c, c < channels)
 
 
@@ -121,7 +123,7 @@ def total(numbers, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def unbias(step, BETA: tl.constexpr):
-    """1 - BETA^step; in float64, because its float32 logarithm would cost four digits."""
+    """1 - BETA^step; in float64, because in float32 the first steps of 0.999 have four digits."""
     decay = tl.full((1,), BETA, tl.float64)
     return tl.sum(1.0 - tl.exp(tl.log(decay) * step.to(tl.float64)), axis=0).to(tl.float32)
 
