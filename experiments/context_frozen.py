@@ -176,35 +176,35 @@ def table(rows: list[Any], directions: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def plot(path: str, rows: list[Any], directions: dict[str, dict[str, float]]) -> None:
-    import matplotlib
+def draw(path: str, rows: list[Any], directions: dict[str, dict[str, float]]) -> None:
+    """Time and memory by length of the context, and the cosine by how much of it is learned."""
+    from matplotlib.figure import Figure  # Only a picture needs it.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4))
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     contexts = [row["context"] for row in rows]
-    for axis, key, unit in ((left, "total_s", "seconds"), (middle, "peak_mib", "MiB")):
+    for axes, key, unit in ((left, "total_s", "seconds"), (middle, "peak_mib", "MiB")):
         for way, colour, mark in (("full", "#D55E00", "o"), ("frozen", "#0072B2", "s")):
             values = [row[f"{way}_{key}"] for row in rows]
-            axis.plot(contexts, values, color=colour, marker=mark, label=f"context {way}")
-        axis.set(xlabel="context tokens", ylabel=unit, xscale="log", yscale="log")
-        axis.set_xticks(contexts, [str(context) for context in contexts])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    left.set_title(f"one step, {NUM_LEARNED} learned tokens")
-    middle.set_title("memory beyond weights")
-    ways = list(directions)
+            axes.plot(contexts, values, color=colour, marker=mark, label=f"context {way}")
+        axes.set(xlabel="context tokens", ylabel=unit)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(contexts, [str(context) for context in contexts])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    left.set_title(f"One step, {NUM_LEARNED} learned tokens")
+    middle.set_title("Memory beside the weights")
     colours = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
     shown = ("all", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     for kind, colour in zip(shown, colours, strict=True):
-        right.plot(ways, [directions[way][kind] for way in ways], marker="o", color=colour)
-        right.annotate(kind, (len(ways) - 1, directions[ways[-1]][kind]), color=colour, fontsize=8)
+        values = [directions[way][kind] for way in directions]
+        right.plot(list(directions), values, marker="o", color=colour, label=kind)
     right.set(xlabel="grad_context", ylabel="cosine to the full gradient", ylim=(0, 1.02))
-    right.set_title(f"direction, context of {COSINE_CONTEXT}")
+    right.set_title(f"Direction, context of {COSINE_CONTEXT}")
     right.grid(alpha=0.3)
-    figure.tight_layout()
+    right.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)
 
 
@@ -236,7 +236,7 @@ def main() -> None:
         found = {"costs": rows, "directions": directions, "torch": torch.__version__}
         Path(arguments.json).write_text(json.dumps(found, indent=1))
     if arguments.plot:
-        plot(arguments.plot, rows, directions)
+        draw(arguments.plot, rows, directions)
 
 
 if __name__ == "__main__":
