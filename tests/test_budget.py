@@ -47,6 +47,7 @@ def test_estimate_grows_with_what_is_in_the_graph_and_less_with_what_is_read(nam
     read = estimate_memory(module, 64, 1024, False)
     assert read.activations == small.activations and read.prefix > 0
     assert read.total < estimate_memory(module, 64 + 1024, 0, False).total
+    assert estimate_memory(module, 64, 1024, True).prefix < read.prefix
     assert estimate_memory(module, 64, 0, True).activations < small.activations
     assert small.total == sum((small.activations, small.logits, small.gradient, small.prefix))
 

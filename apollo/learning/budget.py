@@ -32,7 +32,8 @@ class Memory:
     gradient: int
     """The largest single gradient: they never all exist."""
     prefix: int
-    """Keys, values and states of the context that is only read."""
+    """Keys and values of the context that is only read: as they are cached, and as each layer joins
+    them to its own, for every query head, and keeps them for the backward pass."""
 
     @property
     def total(self) -> int:
@@ -54,13 +55,15 @@ def estimate_memory(
     layer = SAVED_HIDDEN * config.hidden_size + SAVED_HEADS * heads + SAVED_MLP * mlp
     num_layers = config.num_hidden_layers
     kept = num_layers * config.hidden_size + layer if is_checkpointed else num_layers * layer
+    num_joined = 1 if is_checkpointed else num_layers
+    read = 2 * head_dim * (num_layers * num_kv_heads + num_joined * config.num_attention_heads)
     num_logit_tokens = min(num_grad_tokens, max(1, MAX_LOGITS // config.vocab_size))
     trained = [param.nbytes for param in module.parameters() if param.requires_grad]
     return Memory(
         activations=num_grad_tokens * kept * itemsize,
         logits=3 * num_logit_tokens * config.vocab_size * 4,
         gradient=max(trained, default=0),
-        prefix=num_read_tokens * num_layers * 2 * num_kv_heads * head_dim * itemsize,
+        prefix=num_read_tokens * read * itemsize,
     )
 
 
