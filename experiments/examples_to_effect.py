@@ -335,7 +335,7 @@ def draw(path: str, groups: dict[int, list[Run]], title: str) -> None:
         axis.set_xscale("symlog", linthresh=1)
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
-        axis.set(xlabel="examples")
+        axis.set(xlabel="examples", xlim=(-0.1, 1.1 * max(counts)))
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
