@@ -4,7 +4,6 @@ Knows tables, not what they mean: `ledger.py` does. Write-ahead log with synchro
 transaction is on disk when it returns.
 """
 
-import json
 import os
 import sqlite3
 import threading
@@ -13,12 +12,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from actors.errors import SettingsError
-from actors.messages import TrainingSample
 
 BUSY_TIMEOUT_S: Final = 10.0
 """Longest wait for another process's transaction, e.g. that of a trainer that is being killed."""
 
-_SCHEMA_VERSION: Final = 2
+_SCHEMA_VERSION: Final = 3
 _SCHEMA: Final = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -31,7 +29,9 @@ _SCHEMA: Final = (
         version_before INTEGER,
         version_after INTEGER,
         error TEXT,
-        cancel_requested INTEGER NOT NULL DEFAULT 0)""",
+        cancel_requested INTEGER NOT NULL DEFAULT 0,
+        furthest_step INTEGER NOT NULL DEFAULT 0,
+        num_ends INTEGER NOT NULL DEFAULT 0)""",
     """CREATE TABLE samples (
         id TEXT PRIMARY KEY,
         job_id TEXT NOT NULL REFERENCES jobs (id),
@@ -67,7 +67,12 @@ _MIGRATIONS: Final = {
         "ALTER TABLE samples ADD COLUMN rejected_ids TEXT NOT NULL DEFAULT '[]'",
         "ALTER TABLE samples ADD COLUMN teacher_context_ids TEXT NOT NULL DEFAULT '[]'",
         "PRAGMA user_version = 2",
-    )
+    ),
+    2: (
+        "ALTER TABLE jobs ADD COLUMN furthest_step INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN num_ends INTEGER NOT NULL DEFAULT 0",
+        "PRAGMA user_version = 3",
+    ),
 }
 """What makes a ledger of an older format one of the next."""
 
@@ -155,32 +160,3 @@ class Database:
 
     def _scalar(self, sql: str, *values: Any) -> int:
         return int(self._db.execute(sql, values).fetchone()[0])
-
-
-def sample_columns(
-    sample: TrainingSample, job_id: str, position: int, now: float
-) -> tuple[Any, ...]:
-    """A new row of `samples`, in the order of its columns."""
-    ids = json.dumps(sample.context_ids), json.dumps(sample.continuation_ids)
-    known = sample.id, job_id, position, sample.source, sample.weight, *ids, sample.content_hash
-    return (
-        *known,
-        now,
-        "queued",
-        json.dumps(sample.rejected_ids),
-        json.dumps(sample.teacher_context_ids),
-    )
-
-
-def sample_of(row: sqlite3.Row) -> TrainingSample:
-    """The sample that a row holds."""
-    return TrainingSample(
-        id=row["id"],
-        context_ids=tuple(json.loads(row["context_ids"])),
-        continuation_ids=tuple(json.loads(row["continuation_ids"])),
-        rejected_ids=tuple(json.loads(row["rejected_ids"])),
-        teacher_context_ids=tuple(json.loads(row["teacher_context_ids"])),
-        weight=row["weight"],
-        source=row["source"],
-        content_hash=row["content_hash"],
-    )

@@ -9,17 +9,17 @@ knows nothing of tensors or files of weights: it is told which version of the we
                   ^ |                |                  |
                   | +- cancel -------|------------------|-> cancelled
                   +-- recover: its steps were lost -----+     (failed and cancelled stay)
+
+A job in whose training the cell ends MAX_ENDS times, and which never gets further, is failed.
 """
 
-import json
 import secrets
 import sqlite3
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Final, get_args
 
-from actors.database import Database, sample_columns, sample_of
+from actors.database import Database
 from actors.errors import Conflict, NotFound, TooBusy, Unavailable
 from actors.messages import (
     Acceptance,
@@ -31,9 +31,14 @@ from actors.messages import (
     TrainConfig,
     TrainingSample,
 )
+from actors.rows import last_step, sample_columns, sample_of, total_steps, view_of
 
 MAX_LOSS_HISTORY: Final = 1000
 """Most steps that a JobView tells of; the reply stays small however long the job."""
+
+MAX_ENDS: Final = 5
+"""So often a job may be training, and no further than before, when the cell ends: one that takes
+the trainer's process with it (say, for want of memory) would else keep the cell from all others."""
 
 
 class Ledger(Database):
@@ -90,7 +95,7 @@ class Ledger(Database):
         """
         with self._transaction() as db:
             job = self._live_job(job_id)
-            remaining = _total_steps(job) - self._num_steps(job_id)
+            remaining = total_steps(job) - self._num_steps(job_id)
             db.execute(
                 "UPDATE jobs SET state = 'training', "
                 "version_before = COALESCE(version_before, ?) WHERE id = ?",
@@ -120,14 +125,14 @@ class Ledger(Database):
                 "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?)",
                 (job_id, step_index, sample_id, version, loss, seconds),
             )
-            assert step_index == num_steps < _total_steps(job), f"{job_id}: step {step_index}?"
+            assert step_index == num_steps < total_steps(job), f"{job_id}: step {step_index}?"
             assert newest < version <= self._high_water(), f"version {version} was not reserved"
             position = step_index % job["num_samples"]
             turn = self._row(
                 "SELECT id FROM samples WHERE job_id = ? AND position = ?", job_id, position
             )
             assert turn is not None and turn["id"] == sample_id, f"{sample_id}: not its turn"
-            if step_index == _last_step(job, position):
+            if step_index == last_step(job, position):
                 db.execute("UPDATE samples SET state = 'trained' WHERE id = ?", (sample_id,))
 
     def finish_job(
@@ -178,6 +183,8 @@ class Ledger(Database):
         never used; until a job starts, a second call gives the same answer.
         """
         with self._transaction() as db:
+            for job in db.execute("SELECT * FROM jobs WHERE state = 'training'").fetchall():
+                self._count_end(job)
             lost = db.execute(
                 "SELECT job_id, MIN(step_index) FROM steps WHERE version > ? GROUP BY job_id",
                 (public_version,),
@@ -237,9 +244,9 @@ class Ledger(Database):
             if sample["state"] != "trained":
                 return sample["state"], None
             job_id = sample["job_id"]
-            last_step = _last_step(self._job(job_id), sample["position"])
+            last = last_step(self._job(job_id), sample["position"])
             return sample["state"], self._scalar(
-                "SELECT version FROM steps WHERE job_id = ? AND step_index = ?", job_id, last_step
+                "SELECT version FROM steps WHERE job_id = ? AND step_index = ?", job_id, last
             )
 
     # Below, the lock is held.
@@ -313,17 +320,33 @@ class Ledger(Database):
         state = job["state"] if job["state"] in ("failed", "cancelled") else "queued"
         self._db.execute(
             "UPDATE samples SET state = ? WHERE job_id = ? AND state = 'trained' AND position >= ?",
-            (state, job["id"], num_left - _last_step(job, position=0)),
+            (state, job["id"], num_left - last_step(job, position=0)),
         )
         if job["state"] == "done":
             self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (job["id"],))
 
+    def _count_end(self, job: sqlite3.Row) -> None:
+        """The cell ended while this job was training; its steps, lost ones too, are still there."""
+        num_steps = self._num_steps(job["id"])
+        num_ends = job["num_ends"] + 1 if num_steps <= job["furthest_step"] else 1
+        self._db.execute(
+            "UPDATE jobs SET furthest_step = ?, num_ends = ? WHERE id = ?",
+            (max(num_steps, job["furthest_step"]), num_ends, job["id"]),
+        )
+
     def _stop_training(self, job: sqlite3.Row) -> None:
         """A job was training when the cell died: it ends if it is owed no step, else it waits."""
-        if self._num_steps(job["id"]) == _total_steps(job):
+        if self._num_steps(job["id"]) == total_steps(job):
             self._end(job["id"], "done", self._view(job).weights_version, None)
         elif job["cancel_requested"]:
             self._end(job["id"], "cancelled", None, None)
+        elif job["num_ends"] >= MAX_ENDS:
+            error = (
+                f"the cell ended {job['num_ends']} times while step {job['furthest_step'] + 1} of "
+                "this job was made, so it is given up; see the trainer's log, and whether a "
+                "sample needs more memory than there is, then post the rest as a new job"
+            )
+            self._end(job["id"], "failed", None, error)
         else:
             self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (job["id"],))
 
@@ -332,21 +355,7 @@ class Ledger(Database):
             "SELECT * FROM steps WHERE job_id = ? ORDER BY step_index DESC LIMIT ?",
             (job["id"], MAX_LOSS_HISTORY),
         ).fetchall()
-        version = recent[0]["version"] if recent else None
-        return JobView(
-            job_id=job["id"],
-            status=job["state"],
-            created=job["created"],
-            training_samples=job["num_samples"],
-            steps=recent[0]["step_index"] + 1 if recent else 0,
-            total_steps=_total_steps(job),
-            loss_history=tuple(step["loss"] for step in reversed(recent)),
-            weights_version_before=job["version_before"],
-            weights_version=version if job["version_after"] is None else job["version_after"],
-            error=job["error"],
-            config=json.loads(job["config"]),
-            seconds_per_step=statistics.median(s["seconds"] for s in recent) if recent else None,
-        )
+        return view_of(job, recent)
 
     def _job(self, job_id: str) -> sqlite3.Row:
         job = self._row("SELECT * FROM jobs WHERE id = ?", job_id)
@@ -380,12 +389,3 @@ class Ledger(Database):
 
     def _set_high_water(self, version: int) -> None:
         self._db.execute("UPDATE cell SET value = ? WHERE key = 'version_high_water'", (version,))
-
-
-def _total_steps(job: sqlite3.Row) -> int:
-    return int(job["num_samples"] * job["epochs"])
-
-
-def _last_step(job: sqlite3.Row, position: int) -> int:
-    """Index of the step that trains the sample at `position` in the last epoch."""
-    return int(job["num_samples"] * (job["epochs"] - 1)) + position

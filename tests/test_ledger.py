@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from actors import ledger as ledger_module
-from actors.database import BUSY_TIMEOUT_S, sample_of
+from actors.database import BUSY_TIMEOUT_S
 from actors.errors import Conflict, NotFound, SettingsError, TooBusy, Unavailable
 from actors.ledger import Ledger
 from actors.messages import JobState, QueuedJob, TrainConfig, TrainingSample
+from actors.rows import sample_of
 
 MANY = 1000
 
@@ -112,6 +113,8 @@ def test_the_ledger_of_an_older_reverie_is_brought_forward_with_its_samples(path
     with closing(sqlite3.connect(path)) as other:
         for column in ("rejected_ids", "teacher_context_ids"):
             other.execute(f"ALTER TABLE samples DROP COLUMN {column}")
+        for column in ("furthest_step", "num_ends"):
+            other.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
         other.execute("PRAGMA user_version = 1")
         other.commit()
     for _ in range(2):
@@ -127,10 +130,10 @@ def test_the_ledger_of_an_older_reverie_is_brought_forward_with_its_samples(path
 
 def test_the_ledger_of_a_newer_reverie_is_refused_and_left_alone(path: Path) -> None:
     with sqlite3.connect(path) as other:
-        other.execute("PRAGMA user_version = 3")
+        other.execute("PRAGMA user_version = 4")
     other.close()
     before = path.read_bytes()
-    with pytest.raises(SettingsError, match=r"ledger format 3.*knows 2.*newer Reverie"):
+    with pytest.raises(SettingsError, match=r"ledger format 4.*knows 3.*newer Reverie"):
         Ledger(path)
     assert path.read_bytes() == before
 
@@ -507,6 +510,31 @@ def test_a_crash_between_the_last_step_and_the_finish_ends_the_job(ledger: Ledge
     view = ledger.job(job_id)
     assert (view.status, view.weights_version) == ("done", 3)
     assert ledger.next_job() is None
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_a_job_that_never_gets_past_a_step_is_given_up_and_frees_the_queue(
+    ledger: Ledger, num_steps: int
+) -> None:
+    poison, next_one = accept(ledger, "a", epochs=5), accept(ledger, "b")
+    version = 0
+    for number in range(ledger_module.MAX_ENDS):
+        assert next_job(ledger).job_id == poison, f"given up after {number} ends of the cell"
+        train(ledger, version, num_steps=num_steps)
+        version = ledger.recover(0)  # Nothing of it was published: its steps are made again.
+    view = ledger.job(poison)
+    assert view.status == "failed" and f"step {num_steps + 1} of this job" in (view.error or "")
+    assert ledger.sample_state("a")[0] == "failed"
+    assert next_job(ledger).job_id == next_one
+
+
+def test_a_job_that_gets_further_each_time_is_never_given_up(ledger: Ledger) -> None:
+    job_id, version = accept(ledger, "a", epochs=3 * ledger_module.MAX_ENDS), 0
+    for number in range(2 * ledger_module.MAX_ENDS):
+        version = train(ledger, version, num_steps=1)
+        version = ledger.recover(version)
+        view = ledger.job(job_id)
+        assert (view.status, view.steps) == ("queued", number + 1)
 
 
 def test_a_job_asked_to_end_does_not_resume_after_a_crash(ledger: Ledger) -> None:
