@@ -209,9 +209,15 @@ def _announce(report: Any, clock: Clock, settings: Settings) -> None:
 
 
 def stop(cell: Any, clock: Clock, is_local: bool) -> None:
-    """Save and end the cell; then Ray, which ends Serve with it, or only what was added to it."""
+    """Save and end the cell; then Ray, which ends Serve with it, or only what was added to it.
+
+    Blocks until every process that was started here has ended.
+    """
+    import psutil
     import ray
     from ray import serve
+
+    from actors.ending import wait_or_kill
 
     try:
         clock.say(f"saved: {ray.get(cell.stop.remote(), timeout=STOP_TIMEOUT_S)}")
@@ -220,7 +226,10 @@ def stop(cell: Any, clock: Clock, is_local: bool) -> None:
     if not is_local:
         serve.delete("reverie")
         ray.kill(cell)
+    # Ray's dashboard has processes of its own, which end a little after it.
+    family = psutil.Process().children(recursive=True) if is_local else []
     ray.shutdown()
+    wait_or_kill(family)
     clock.say("stopped")
 
 
