@@ -114,6 +114,8 @@ def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> 
     clock.say("starting Ray")
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # The `python` of a submitted job is then this one, which has what the experiments import.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     import ray
 
     from actors.cell import connect
