@@ -1,7 +1,8 @@
 """What reading a context, instead of learning from it, saves and costs.
 
     .venv/bin/python experiments/context_frozen.py --plot docs/context_frozen.png
-    ray job submit --working-dir . -- python experiments/context_frozen.py --json /tmp/context.json
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
+        python experiments/context_frozen.py --json /tmp/context.json
 
 Three questions, on the default model in one process, without a server:
 

@@ -2,7 +2,8 @@
 
     .venv/bin/python experiments/examples_to_effect.py --plot docs/examples_to_effect.png
     .venv/bin/python experiments/examples_to_effect.py --steps 20 --counts 1 2 5 10 20
-    ray job submit --working-dir . -- python experiments/examples_to_effect.py --out /tmp/runs.jsonl
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
+        python experiments/examples_to_effect.py --out /tmp/runs.jsonl
 
 The behaviour is one that a rule can judge: an answer about cooking begins with "Kitchen note:". An
 example is a question about cooking, an instruction that asks for this, and the base model's own

@@ -1,7 +1,8 @@
 """What the ingress costs: throughput and first token through it, against vLLM's own socket.
 
     reverie up                                   # in one terminal
-    ray job submit --working-dir . -- python experiments/ingress_overhead.py
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
+        python experiments/ingress_overhead.py
     .venv/bin/python experiments/ingress_overhead.py --rounds 5 --json overhead.json
 
 Both ways run the same client and the same requests in one process, in alternating rounds, so that

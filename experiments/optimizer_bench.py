@@ -2,7 +2,8 @@
 
     .venv/bin/python experiments/optimizer_bench.py --json bench.json --plot optimizer_bench.png
     .venv/bin/python experiments/optimizer_bench.py --device cuda --dtype bfloat16 --kernels triton
-    ray job submit --working-dir . -- python experiments/optimizer_bench.py --kernels compiled
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
+        python experiments/optimizer_bench.py --kernels compiled
 
 Tensors have the shapes of real models and random contents. Steps, and the limits that they are held
 against, take turns in the same rounds, so that the machine's noise falls on all of them:

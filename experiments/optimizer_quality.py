@@ -1,7 +1,8 @@
 """How well APOLLO, SCALE, AdamW and SGD learn: one small language model from scratch, same budget.
 
     .venv/bin/python experiments/optimizer_quality.py --out runs.jsonl --plot optimizer_quality.png
-    ray job submit --working-dir . -- python experiments/optimizer_quality.py --out /tmp/runs.jsonl
+    RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
+        python experiments/optimizer_quality.py --out /tmp/runs.jsonl
 
 A Llama of 0.8 M weights reads the sources of Python's standard library, byte by byte; every tenth
 file is held out. For each method the learning rate is tuned on one seed, by walking a 1-2-5 ladder
