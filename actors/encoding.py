@@ -35,6 +35,20 @@ class Encoder:
     check_size: Callable[[int, int], None] = lambda num_grad_tokens, num_read_tokens: None
     """Raises InvalidRequest for more tokens, with and without gradient, than a step may have."""
 
+    def check(self, config: TrainConfig) -> None:
+        """Raise InvalidRequest for what this model cannot be taught with."""
+        if not config.anchor:
+            return
+        from apollo.learning.anchor import encode_canaries
+        from apollo.learning.samples import SampleError
+
+        try:
+            encode_canaries(self.tokenizer)
+        except SampleError as error:
+            raise InvalidRequest(
+                f"config.anchor: the canaries are turns of a chat, and {error}; leave it out"
+            ).about("config.anchor") from None
+
     def encode(self, sample: Sample, at: int, config: TrainConfig) -> TrainingSample:
         """The sample at place `at` of a request; raises InvalidRequest that names it."""
         from apollo.learning.samples import SampleError

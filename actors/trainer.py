@@ -135,6 +135,7 @@ class Trainer:
     @ray.method(concurrency_group="control")
     def submit(self, request: TrainRequest) -> Acceptance:
         """Queue all samples of a request, durably, or none; a ReverieError says why not."""
+        self._encoder.check(request.config)
         samples = [
             self._encoder.encode(sample, at, request.config)
             for at, sample in enumerate(request.samples)

@@ -196,3 +196,17 @@ def test_preference_without_a_rejected_answer_is_refused_and_so_is_one_too_many(
         encode(encoder, CHAT | {"rejected": "No."})
     with pytest.raises(InvalidRequest, match="is the one that is learned"):
         encode(encoder, CHAT | {"rejected": ANSWER["content"]}, "preference")
+
+
+def test_anchor_is_refused_where_the_template_takes_no_chat(
+    tokenizer: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchored = TrainConfig(anchor=1.0)
+    encoder.check(anchored)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    encoder.check(TrainConfig())
+    with pytest.raises(
+        InvalidRequest, match=r"^config\.anchor: the canaries .* leave it out"
+    ) as told:
+        encoder.check(anchored)
+    assert told.value.param == "config.anchor"

@@ -49,15 +49,21 @@ def record_canaries(
 ) -> list[Example]:
     """The questions and answers with what the model gives to their answers now.
 
-    Blocks for a forward pass of each. A canary that the tokenizer's template refuses raises
-    SampleError.
+    Blocks for a forward pass of each; raises what `encode_canaries` does.
     """
-    recorded = []
-    for question, answer in canaries:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        example = encode_chat(tokenizer, turns)
-        recorded.append(replace(example, teacher=_top(module, example)))
-    return recorded
+    examples = encode_canaries(tokenizer, canaries)
+    return [replace(example, teacher=_top(module, example)) for example in examples]
+
+
+def encode_canaries(
+    tokenizer: Any, canaries: Sequence[tuple[str, str]] = CANARIES
+) -> list[Example]:
+    """As turns of a chat; raises SampleError where the tokenizer's template refuses them."""
+    turns = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in canaries
+    ]
+    return [encode_chat(tokenizer, pair) for pair in turns]
 
 
 def _top(module: "PreTrainedModel", example: Example) -> TopLogprobs:
