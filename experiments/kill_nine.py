@@ -106,6 +106,12 @@ def status_of(base: str) -> dict[str, Any]:
         return {}
 
 
+def situation(base: str) -> str:
+    """What the cell says of itself, for the message of a failure."""
+    status = status_of(base)
+    return f"the cell says {json.dumps(status)}" if status else "the cell does not answer"
+
+
 def victim_pid(status: dict[str, Any], victim: str) -> int | None:
     """The process to kill; for `engine` it is vLLM's child, not the actor."""
     if not status.get(victim):
@@ -123,7 +129,7 @@ def wait_ready(base: str) -> None:
     begun = time.monotonic()
     while not is_ready(base):
         if time.monotonic() - begun > READY_TIMEOUT_S:
-            raise SystemExit(f"not ready within {READY_TIMEOUT_S} s")
+            raise SystemExit(f"not ready within {READY_TIMEOUT_S} s; {situation(base)}")
         time.sleep(0.2)
 
 
@@ -134,7 +140,7 @@ def kill(base: str, victim: str) -> dict[str, Any]:
         pid := victim_pid(status_of(base), victim)
     ) is None:  # A busy door may not answer at once.
         if time.monotonic() > deadline:
-            raise SystemExit(f"there is no {victim} to kill")
+            raise SystemExit(f"there is no {victim} to kill; {situation(base)}")
         time.sleep(0.2)
     os.kill(pid, signal.SIGKILL)
     begun, seen = time.monotonic(), None
@@ -146,7 +152,10 @@ def kill(base: str, victim: str) -> dict[str, Any]:
             break
         time.sleep(0.1)
     else:
-        raise SystemExit(f"not ready within {READY_TIMEOUT_S} s after the {victim} was killed")
+        raise SystemExit(
+            f"not ready within {READY_TIMEOUT_S} s after the {victim} was killed"
+            f" ({'seen' if seen else 'never seen'} as not ready); {situation(base)}"
+        )
     back = round(time.monotonic() - begun, 2)
     unseen = "requests waited" if seen is None else f"/readyz not 200 after {seen:.2f} s"
     print(f"{victim:<8} {unseen}, ready again after {back:.2f} s", flush=True)

@@ -31,6 +31,8 @@ class Manifest:
     """Size in bytes of every other file of the directory, by name."""
     generation: int = 0
     weights_version: int = 0
+    root: str = ""
+    """Names the exact weights, see `journal.image`; empty until a journal has hashed them."""
     created: float = field(default_factory=time.time)
 
     def is_met_by(self, directory: Path) -> bool:
@@ -51,18 +53,30 @@ def read(directory: Path) -> Manifest | None:
     """The manifest of `directory`, or None if there is none; raises ManifestError."""
     path = directory / FILE_NAME
     try:
-        record = json.loads(path.read_text())
+        return decode(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+
+
+def decode(data: bytes, path: str) -> Manifest:
+    """What `encode` made; raises ManifestError, which names `path`."""
+    try:
+        record = json.loads(data)
     except ValueError as error:
         raise ManifestError(f"{path} is damaged: {error}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
         raise ManifestError(f"{path} has format {found!r}; this version of Reverie reads {FORMAT}")
     del record["format"]
+    record.setdefault("root", "")
     if set(record) != {part.name for part in fields(Manifest)}:
         raise ManifestError(f"{path} is damaged: its keys are {', '.join(sorted(record))}")
     return Manifest(**record)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as the bytes of its file."""
+    return (json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n").encode()
 
 
 def require(directory: Path) -> Manifest:
@@ -79,9 +93,8 @@ def write(directory: Path, manifest: Manifest) -> None:
     Blocks on fsync of the file and of the directory. The files that it names must be on disk.
     """
     draft = directory / f".{FILE_NAME}.draft"
-    with draft.open("w") as file:
-        json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=2)
-        file.write("\n")
+    with draft.open("wb") as file:
+        file.write(encode(manifest))
         file.flush()
         os.fsync(file.fileno())
     draft.rename(directory / FILE_NAME)

@@ -1,0 +1,177 @@
+"""Two complete model directories: the public one, and one that is written while nobody looks.
+
+    hidden: empty -> every weights file, its chunks checked before -> the other files -> sync
+        -> read back, checked again -> reverie.json -> swapped with the public directory
+
+Files are always written anew, so whoever has opened the old ones reads them to their end. A
+directory that somebody holds a lease on is left alone, and another one is written.
+"""
+
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final
+
+from apollo.journal.chain import replace_file
+from apollo.journal.codec import Words
+from apollo.journal.disk import Disk, DiskError
+from apollo.journal.image import HASH_BYTES, Image, digest
+from apollo.journal.values import Slot
+from apollo.weights import manifest
+from apollo.weights.manifest import Manifest, ManifestError
+
+MAX_HIDDEN: Final = 8
+"""Directories of one model that may be leased at the same time, the public one aside."""
+PIECE_BYTES: Final = 16 << 20
+
+
+class SlotDamaged(Exception):
+    """What was written does not read back; it was not published."""
+
+
+class Slots:
+    """The directories of one model. The only writer of them."""
+
+    def __init__(self, disk: Disk, name: str) -> None:
+        self._disk = disk
+        self.public = f"models/{name}"
+        self._hidden = [f"models/.{name}.next", *(f"models/.{name}.next{i}" for i in range(2, 9))]
+        self._old = f"models/.{name}.old"
+
+    def manifest(self, directory: str) -> Manifest | None:
+        """What a directory says it holds; None if it says nothing that can be read."""
+        path = f"{directory}/{manifest.FILE_NAME}"
+        try:
+            return manifest.decode(self._disk.read(path), path)
+        except (FileNotFoundError, ManifestError):
+            return None
+
+    def slots(self) -> list[Slot]:
+        """Complete directories, the public one first."""
+        found = []
+        for directory in (self.public, *self._hidden):
+            held = self.manifest(directory)
+            if held is not None:
+                found.append(Slot(directory, held.generation))
+        return found
+
+    def mend(self) -> None:
+        """Finish a swap that was made in two steps and cut between them."""
+        if not self._disk.is_directory(self._old):
+            return
+        if self._disk.is_directory(self.public):
+            self._empty(self._old)
+            self._disk.remove(self._old)
+        else:
+            self._disk.rename(self._old, self.public)
+        self._disk.sync("models")
+
+    def can_exchange(self) -> bool:
+        """Whether directories can be swapped in one atomic step here; tries it."""
+        probes = [f"{self._hidden[0]}.probe1", f"{self._hidden[0]}.probe2"]
+        for probe in probes:
+            if not self._disk.is_directory(probe):
+                self._disk.make_directory(probe)
+        try:
+            self._disk.exchange(*probes)
+            return True
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            return False
+        finally:
+            for probe in probes:
+                self._disk.remove(probe)
+
+    def write(
+        self,
+        image: Image,
+        table: bytes,
+        read: Callable[[int], Words],
+        held: Manifest,
+        spared: tuple[str, ...] = (),
+    ) -> str:
+        """Write a hidden directory, none of `spared`, with the chunks that `read` gives.
+
+        Returns its path: it is complete and durable. `held` is completed with the files' sizes.
+        Raises SlotDamaged if a chunk does not read back as `table` says.
+        """
+        hidden = self._empty_hidden(spared)
+        at = 0
+        for name, header in image.headers.items():
+            path = f"{hidden}/{name}"
+            self._disk.create(path, image.sizes[name])
+            self._disk.write(path, 0, header)
+            while at < len(image.chunks) and image.chunks[at].file == name:
+                self._disk.write(path, image.chunks[at].offset, read(at).data.cast("B"))
+                at += 1
+            self._disk.sync(path)
+        for name in self._other_files(image):
+            self._copy(f"{self.public}/{name}", f"{hidden}/{name}")
+        for at, chunk in enumerate(image.chunks):
+            expected = table[at * HASH_BYTES : (at + 1) * HASH_BYTES]
+            if digest(image.read(self._disk, hidden, chunk)) != expected:
+                raise SlotDamaged(f"{chunk.tensor} does not read back as it was written")
+        self._disk.sync(hidden)
+        sizes = {name: self._disk.size(f"{hidden}/{name}") for name in self._disk.names(hidden)}
+        whole = manifest.encode(replace(held, files=sizes))
+        replace_file(self._disk, f"{hidden}/{manifest.FILE_NAME}", whole)
+        return hidden
+
+    def swap(self, hidden: str) -> None:
+        """Make `hidden` the public directory, and the public one hidden; durable."""
+        self._disk.sync("models")
+        try:
+            self._disk.exchange(hidden, self.public)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # For an instant there is no public directory: a reader fails, it never sees a mixture.
+            self._disk.rename(self.public, self._old)
+            self._disk.sync("models")
+            self._disk.rename(hidden, self.public)
+            self._disk.sync("models")
+            self._disk.rename(self._old, hidden)
+        self._disk.sync("models")
+
+    def remove_spare(self) -> None:
+        """Remove all hidden directories but the first, unless somebody reads them."""
+        for hidden in self._hidden[1:]:
+            if self._disk.is_directory(hidden) and not self._disk.is_leased(hidden):
+                self._empty(hidden)
+                self._disk.remove(hidden)
+
+    def _empty_hidden(self, spared: tuple[str, ...]) -> str:
+        for hidden in self._hidden:
+            if hidden in spared or self._disk.is_leased(hidden):
+                continue
+            if self._disk.is_directory(hidden):
+                self._empty(hidden)
+            else:
+                self._disk.make_directory(hidden)
+            return hidden
+        raise DiskError(
+            f"{MAX_HIDDEN} old generations are being read under a lease; end some of the readers"
+        )
+
+    def _empty(self, directory: str) -> None:
+        """Remove its files; first, and durably, what says that it is complete."""
+        names = self._disk.names(directory)
+        for name in sorted(names, key=lambda name: name != manifest.FILE_NAME):
+            self._disk.remove(f"{directory}/{name}")
+            if name == manifest.FILE_NAME:
+                self._disk.sync(directory)
+
+    def _other_files(self, image: Image) -> Iterator[str]:
+        for name in self._disk.names(self.public):
+            is_ours = name == manifest.FILE_NAME or name.endswith(".draft")
+            is_plain = not self._disk.is_directory(f"{self.public}/{name}")
+            if name not in image.headers and not is_ours and is_plain:
+                yield name
+
+    def _copy(self, source: str, target: str) -> None:
+        size = self._disk.size(source)
+        self._disk.create(target, size)
+        for at in range(0, size, PIECE_BYTES):
+            self._disk.write(target, at, self._disk.read(source, at, PIECE_BYTES))
+        self._disk.sync(target)
