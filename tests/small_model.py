@@ -11,6 +11,7 @@ from apollo.weights.manifest import Manifest
 NAME = "tiny"
 CHUNK_WORDS = 8
 PUBLIC = f"models/{NAME}"
+CONFIG = b'{"model_type": "tiny"}'
 
 State = dict[str, Words]
 """Words of each tensor, by name."""
@@ -55,7 +56,7 @@ def put_model(disk: Disk, state: State) -> None:
     """Write the directory as adoption does, durably."""
     for path in ("models", "state", PUBLIC, f"state/{NAME}"):
         disk.make_directory(path)
-    files = files_of(state) | {"config.json": b'{"model_type": "tiny"}'}
+    files = files_of(state) | {"config.json": CONFIG}
     held = Manifest("tiny", "float32", {n: len(data) for n, data in files.items()}, created=0.0)
     for name, data in (*files.items(), (manifest.FILE_NAME, manifest.encode(held))):
         disk.create(f"{PUBLIC}/{name}")

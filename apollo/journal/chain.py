@@ -85,6 +85,8 @@ class Chain:
 
     sequence: int
     chunk_words: int
+    headers: str
+    """`Image.headers_hash` of every directory of this model."""
     generations: tuple[Generation, ...]
 
     @property
@@ -113,7 +115,7 @@ class Chain:
         """Raises ChainError unless every bit is as it was written and the parents are in order."""
         try:
             envelope = json.loads(data)
-            if _hash(envelope["body"]) != envelope["hash"]:
+            if not _has_hash(envelope["body"], envelope["hash"]):
                 raise ChainError("its hash does not match")
             record = json.loads(envelope["body"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -127,6 +129,10 @@ class Chain:
             if after.parent != before.generation or after.generation <= before.generation:
                 raise ChainError(f"generation {after.generation} does not follow its parent")
         return cls(generations=generations, **record)
+
+
+def _has_hash(body: str, expected: str) -> bool:
+    return _hash(body) == expected
 
 
 def _hash(body: str) -> str:

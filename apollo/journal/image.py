@@ -77,6 +77,11 @@ class Image:
             chunks += _chunks(name, headers[name], sizes[name], chunk_words)
         return cls(tuple(chunks), headers, sizes)
 
+    @property
+    def headers_hash(self) -> str:
+        """Of all headers, in the order of the files: equal in all generations of a model."""
+        return digest(b"".join(self.headers[name] for name in sorted(self.headers))).hex()
+
     def read(self, disk: Disk, directory: str, chunk: Chunk) -> Words:
         """The chunk's words as `directory` holds them; raises ImageError if the file is short."""
         data = disk.read(f"{directory}/{chunk.file}", chunk.offset, chunk.size_bytes)
@@ -112,18 +117,23 @@ def _header(disk: Disk, path: str, name: str) -> bytes:
 
 def _chunks(name: str, header: bytes, size: int, chunk_words: int) -> Iterator[Chunk]:
     try:
-        entries: dict[str, Any] = json.loads(header[8:])
-    except ValueError:
-        raise ImageError(f"{name} is not a safetensors file") from None
-    entries.pop("__metadata__", None)
-    for tensor, entry in sorted(entries.items()):
-        word_bytes = WORD_BYTES.get(entry["dtype"])
-        if word_bytes is None:
-            raise ImageError(
-                f"{tensor} is {entry['dtype']}; a journal keeps {', '.join(WORD_BYTES)}"
+        entries = json.loads(header[8:])
+        entries.pop("__metadata__", None)
+        places = [
+            (
+                tensor,
+                entry["dtype"],
+                prod(map(int, entry["shape"])),
+                *map(int, entry["data_offsets"]),
             )
-        begin, end = entry["data_offsets"]
-        num_words = prod(entry["shape"])
+            for tensor, entry in sorted(entries.items())
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ImageError(f"{name} is not a safetensors file") from None
+    for tensor, dtype, num_words, begin, end in places:
+        word_bytes = WORD_BYTES.get(dtype)
+        if word_bytes is None:
+            raise ImageError(f"{tensor} is {dtype}; a journal keeps {', '.join(WORD_BYTES)}")
         if end - begin != num_words * word_bytes or len(header) + end > size:
             raise ImageError(f"{name}: the place of {tensor} is not as its shape says")
         for first in range(0, num_words, chunk_words):

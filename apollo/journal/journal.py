@@ -56,9 +56,7 @@ class Journal:
     @property
     def public(self) -> Manifest:
         """What the public directory says it holds."""
-        held = self.slots.manifest(self.slots.public)
-        assert held is not None, "the public directory was verified when the journal was opened"
-        return held
+        return self.slots.require(self.slots.public)
 
     @property
     def values(self) -> Values:
@@ -166,15 +164,16 @@ class Journal:
             None,
         )
 
-    def publish(self) -> Generation:
-        """Make the newest generation public; durable when it returns.
+    def publish(self, *, is_forced: bool = False) -> Generation:
+        """Make the newest generation public, or, if forced, write it anew; durable when it returns.
 
         Raises SlotDamaged or WeightsDamaged with the public directory as it was.
         """
-        newest, held = self.newest, self.public
-        if held.generation == newest.generation and held.root in ("", newest.root):
+        newest, slots = self.newest, self.slots.slots()
+        held = self.slots.require(slots[0].directory)
+        is_public = held.generation == newest.generation and held.root in ("", newest.root)
+        if is_public and not is_forced:
             return newest
-        slots = self.slots.slots()
         public = [slot for slot in slots if slot.directory == self.slots.public]
         is_enough = self._values.can_read(newest.generation, public)
         hidden = self.slots.write(
@@ -204,7 +203,7 @@ class Journal:
             data = self.disk.read(f"{self.folder}/{stored.name}")
         except FileNotFoundError:
             return None
-        return data if digest(data).hex() == stored.hash else None
+        return data if _has_hash(data, stored.hash) else None
 
     def replace_chain(self, generations: tuple[Generation, ...]) -> None:
         """Write the next manifest, then remove the files that it does not name."""
@@ -283,6 +282,10 @@ class Journal:
         path, stored = f"{self.folder}/{generation.segment.name}", generation.segment
         segment.check(self.disk, path, stored.size, stored.hash)
         return Segment.read(self.disk, path)
+
+
+def _has_hash(data: bytes, expected: str) -> bool:
+    return digest(data).hex() == expected
 
 
 def _without_old_optimizers(generations: tuple[Generation, ...]) -> tuple[Generation, ...]:

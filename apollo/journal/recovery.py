@@ -4,11 +4,11 @@
         -> what does not verify is set aside -> the newest becomes public, if it is not
 
 What is public was synced before it was swapped in, so it is believed; segments that are not needed
-now are looked at by `scrub`. A public directory that is newer than all that verifies starts a new
-chain: nothing that was committed is given up, only the way back.
+now are looked at by `scrub`. Where the chain that leads to the public generation is damaged, that
+generation becomes a base: nothing that was committed is given up, only the way back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,11 +16,11 @@ from apollo.journal import chain as chains
 from apollo.journal.chain import Chain, Generation, StoredFile
 from apollo.journal.codec import MAX_WORDS
 from apollo.journal.disk import Disk
-from apollo.journal.image import Image, root
+from apollo.journal.image import Image, ImageError, root
 from apollo.journal.journal import Journal
 from apollo.journal.segment import SegmentDamaged, SegmentWriter
 from apollo.journal.slots import Slots
-from apollo.journal.values import WeightsDamaged
+from apollo.journal.values import Slot, WeightsDamaged
 from apollo.weights.manifest import Manifest
 
 MAX_ASIDE: Final = 999
@@ -56,65 +56,117 @@ def open_journal(
     slots.mend()
     folder = f"state/{name}/journal"
     _make_directories(disk, folder)
-    held = slots.manifest(slots.public)
-    if held is None:
+    found = slots.slots()
+    if not found:
         raise NothingToRecover(f"models/{name} has no manifest that can be read")
+    held = slots.require(found[0].directory)
     chain, damaged = chains.read_newest(disk, folder)
     if chain is None:
+        # Without a manifest there may be what an interrupted beginning left: it is made anew.
+        begun = {each for each in disk.names(folder) if not damaged and _is_beginning(each)}
+        for each in begun:
+            disk.remove(f"{folder}/{each}")
         aside = _set_aside(disk, name, folder, set(disk.names(folder)))
-        return Recovered(_begin(disk, folder, slots, held, chunk_words, 1), aside)
-    image = Image.of(disk, slots.public, chain.chunk_words)
-    journal = Journal(disk, folder, slots, chain, image)
-    good = _verified(journal, held.generation)
-    if not good or good[-1].generation < held.generation:
-        # The public directory holds what the chain has lost.
-        aside = _set_aside(disk, name, folder, set(disk.names(folder)))
-        sequence = chain.sequence + 1
-        return Recovered(_begin(disk, folder, slots, held, chain.chunk_words, sequence), aside)
-    aside = ()
-    if damaged or len(good) < len(chain.generations):
-        known = {each.segment.name for each in good}
-        bad = set(disk.names(folder)) - known - {chains.manifest_name(chain.sequence)}
-        bad -= {each.optimizer.name for each in good if each.optimizer is not None}
-        # First the manifest that does without them, under a number that no damaged one has.
-        sequence = max(chains.sequences(disk, folder)) + 1
-        chain = replace(chain, sequence=sequence, generations=good)
+        image = Image.of(disk, found[0].directory, chunk_words)
+        base = _write_base(disk, folder, found[0].directory, image, held)
+        chain = Chain(1, chunk_words, image.headers_hash, (base,))
         chains.write(disk, folder, chain)
-        journal = Journal(disk, folder, slots, chain, image)
-        aside = _set_aside(disk, name, folder, bad)
+    else:
+        image = _image_of(disk, found, chain)
+        journal, aside = Journal(disk, folder, slots, chain, image), ()
+        good = _whole(journal, held.generation)
+        if good is None:  # What leads to this generation is damaged, or lost: it is a new base.
+            base = _write_base(disk, folder, found[0].directory, image, held)
+            good = (base, *_whole_after(journal, held.generation))
+        if damaged or good != chain.generations:
+            # First the manifest that does without them, under a number that no damaged one has.
+            sequence = max(chains.sequences(disk, folder)) + 1
+            before = chains.manifest_name(chain.sequence)
+            chain = replace(chain, sequence=sequence, generations=good)
+            chains.write(disk, folder, chain)
+            needed = {*chain.files(), chains.manifest_name(sequence), before}
+            aside = _set_aside(disk, name, folder, set(disk.names(folder)) - needed)
+    journal = Journal(disk, folder, slots, chain, image)
     journal.remove_unnamed()
-    if journal.newest.generation == held.generation:
+    if journal.newest.generation == held.generation and _is_fit(disk, slots, chain):
         return Recovered(journal, aside)
     progress(f"publishing generation {journal.newest.generation}")
-    return Recovered(journal, aside, journal.publish().generation)
+    return Recovered(journal, aside, journal.publish(is_forced=True).generation)
 
 
-def _verified(journal: Journal, public: int) -> tuple[Generation, ...]:
-    """The generations up to the first that is damaged; those after `public` are read whole."""
-    good: list[Generation] = []
-    for each in journal.chain.generations:
+def _is_fit(disk: Disk, slots: Slots, chain: Chain) -> bool:
+    """Whether a loader can read the public directory, as far as headers tell."""
+    if slots.manifest(slots.public) is None:
+        return False
+    try:
+        image = Image.of(disk, slots.public, chain.chunk_words)
+    except (FileNotFoundError, ImageError):
+        return False
+    return _has_headers(image, chain.headers)
+
+
+def _image_of(disk: Disk, found: Sequence[Slot], chain: Chain) -> Image:
+    """The chunks of the model, from a directory with the right headers.
+
+    Raises WeightsDamaged if there is none.
+    """
+    for slot in found:
         try:
-            if each.generation > public:
-                found = journal.check_segment(each)
-                if root(found.table) != each.root:
-                    raise SegmentDamaged(f"{each.segment.name}: its table has another root")
-            elif journal.disk.size(f"{journal.folder}/{each.segment.name}") != each.segment.size:
-                raise SegmentDamaged(f"{each.segment.name} has another size")
-        except (SegmentDamaged, FileNotFoundError):
-            break
-        good.append(each)
-    return tuple(good)
+            image = Image.of(disk, slot.directory, chain.chunk_words)
+        except (FileNotFoundError, ImageError):
+            continue
+        if _has_headers(image, chain.headers):
+            return image
+    raise WeightsDamaged(
+        f"the headers of the weights files in {found[0].directory} are damaged; "
+        "restore from a mirror"
+    )
 
 
-def _begin(
-    disk: Disk, folder: str, slots: Slots, held: Manifest, chunk_words: int, sequence: int
-) -> Journal:
-    """A chain of one generation: what the public directory holds."""
-    image = Image.of(disk, slots.public, chunk_words)
-    table = image.table(disk, slots.public)
-    if held.root and root(table) != held.root:
+def _has_headers(image: Image, expected: str) -> bool:
+    return image.headers_hash == expected
+
+
+def _whole(journal: Journal, generation: int) -> tuple[Generation, ...] | None:
+    """The generations that are whole, if all up to `generation` seem so; otherwise None.
+
+    Of those the sizes are looked at: `scrub` reads the rest.
+    """
+    old = [each for each in journal.chain.generations if each.generation <= generation]
+    try:
+        for each in old:
+            if journal.disk.size(f"{journal.folder}/{each.segment.name}") != each.segment.size:
+                return None
+        journal.values.table(generation)
+    except (SegmentDamaged, FileNotFoundError, KeyError):
+        return None
+    return (*old, *_whole_after(journal, generation))
+
+
+def _whole_after(journal: Journal, generation: int) -> Iterator[Generation]:
+    """Those that follow `generation`, up to the first that is damaged: read wholly."""
+    parent = generation
+    for each in journal.chain.generations:
+        if each.generation <= generation:
+            continue
+        try:
+            if each.parent != parent:
+                return
+            journal.check_segment(each)
+        except SegmentDamaged:
+            return
+        parent = each.generation
+        yield each
+
+
+def _write_base(
+    disk: Disk, folder: str, directory: str, image: Image, held: Manifest
+) -> Generation:
+    """A generation that needs no other: what `directory` holds. Durable but for a manifest."""
+    table = image.table(disk, directory)
+    if held.root and not _has_root(table, held.root):
         raise WeightsDamaged(
-            f"{slots.public} does not hold the weights of generation {held.generation} any more, "
+            f"{directory} does not hold the weights of generation {held.generation} any more, "
             "and its journal is damaged; restore from a mirror"
         )
     name = f"base-{held.generation:08d}.rvj"
@@ -123,8 +175,7 @@ def _begin(
     writer = SegmentWriter(disk, f"{folder}/{name}")
     facts = {"generation": held.generation, "parent": None, "root": root(table)}
     size, seal = writer.finish(table, facts | {"version": held.weights_version})
-    disk.sync(folder)
-    base = Generation(
+    return Generation(
         held.generation,
         "base",
         None,
@@ -134,9 +185,14 @@ def _begin(
         StoredFile(name, size, seal),
         0,
     )
-    chain = Chain(sequence, chunk_words, (base,))
-    chains.write(disk, folder, chain)
-    return Journal(disk, folder, slots, chain, image)
+
+
+def _has_root(table: bytes, expected: str) -> bool:
+    return root(table) == expected
+
+
+def _is_beginning(name: str) -> bool:
+    return name.startswith("base-") or name.endswith(".draft")
 
 
 def _make_directories(disk: Disk, folder: str) -> None:

@@ -127,8 +127,6 @@ class SegmentWriter:
 def check(disk: Disk, path: str, size: int, seal: str) -> None:
     """Read the whole file; raises SegmentDamaged unless it is the one of that size and hash."""
     try:
-        if disk.size(path) != size:
-            raise SegmentDamaged(f"{_name(path)} has {disk.size(path)} bytes instead of {size}")
         hashed, at = blake3(), 0
         while at < size - HASH_BYTES:
             piece = disk.read(path, at, min(PIECE_BYTES, size - HASH_BYTES - at))
@@ -136,10 +134,14 @@ def check(disk: Disk, path: str, size: int, seal: str) -> None:
             at += len(piece)
             if not piece:
                 raise SegmentDamaged(f"{_name(path)} became shorter while it was read")
-        if hashed.hexdigest() != seal or disk.read(path, at).hex() != seal:
+        if not _is_sealed(hashed.hexdigest(), disk.read(path, at).hex(), seal):
             raise SegmentDamaged(f"{_name(path)} does not have the hash that it was written with")
     except FileNotFoundError:
         raise SegmentDamaged(f"{_name(path)} is missing") from None
+
+
+def _is_sealed(computed: str, stored: str, expected: str) -> bool:
+    return computed == stored == expected
 
 
 def _name(path: str) -> str:

@@ -46,6 +46,12 @@ class Slots:
         except (FileNotFoundError, ManifestError):
             return None
 
+    def require(self, directory: str) -> Manifest:
+        """The manifest of a directory that was found to have one."""
+        held = self.manifest(directory)
+        assert held is not None, f"{directory} has lost its manifest"
+        return held
+
     def slots(self) -> list[Slot]:
         """Complete directories, the public one first."""
         found = []
@@ -106,13 +112,13 @@ class Slots:
                 self._disk.write(path, image.chunks[at].offset, read(at).data.cast("B"))
                 at += 1
             self._disk.sync(path)
-        for name in self._other_files(image):
-            self._copy(f"{self.public}/{name}", f"{hidden}/{name}")
+        source = self.slots()[0].directory
+        for name in self._other_files(source, image):
+            self._copy(f"{source}/{name}", f"{hidden}/{name}")
         for at, chunk in enumerate(image.chunks):
             expected = table[at * HASH_BYTES : (at + 1) * HASH_BYTES]
-            if digest(image.read(self._disk, hidden, chunk)) != expected:
+            if not _has_hash(image.read(self._disk, hidden, chunk), expected):
                 raise SlotDamaged(f"{chunk.tensor} does not read back as it was written")
-        self._disk.sync(hidden)
         sizes = {name: self._disk.size(f"{hidden}/{name}") for name in self._disk.names(hidden)}
         whole = manifest.encode(replace(held, files=sizes))
         replace_file(self._disk, f"{hidden}/{manifest.FILE_NAME}", whole)
@@ -120,7 +126,10 @@ class Slots:
 
     def swap(self, hidden: str) -> None:
         """Make `hidden` the public directory, and the public one hidden; durable."""
-        self._disk.sync("models")
+        if not self._disk.is_directory(self.public):
+            self._disk.rename(hidden, self.public)
+            self._disk.sync("models")
+            return
         try:
             self._disk.exchange(hidden, self.public)
         except OSError as error:
@@ -128,9 +137,7 @@ class Slots:
                 raise
             # For an instant there is no public directory: a reader fails, it never sees a mixture.
             self._disk.rename(self.public, self._old)
-            self._disk.sync("models")
             self._disk.rename(hidden, self.public)
-            self._disk.sync("models")
             self._disk.rename(self._old, hidden)
         self._disk.sync("models")
 
@@ -155,17 +162,14 @@ class Slots:
         )
 
     def _empty(self, directory: str) -> None:
-        """Remove its files; first, and durably, what says that it is complete."""
-        names = self._disk.names(directory)
-        for name in sorted(names, key=lambda name: name != manifest.FILE_NAME):
+        """Remove its files. What is left of them after a crash is believed chunk by chunk only."""
+        for name in self._disk.names(directory):
             self._disk.remove(f"{directory}/{name}")
-            if name == manifest.FILE_NAME:
-                self._disk.sync(directory)
 
-    def _other_files(self, image: Image) -> Iterator[str]:
-        for name in self._disk.names(self.public):
+    def _other_files(self, source: str, image: Image) -> Iterator[str]:
+        for name in self._disk.names(source):
             is_ours = name == manifest.FILE_NAME or name.endswith(".draft")
-            is_plain = not self._disk.is_directory(f"{self.public}/{name}")
+            is_plain = not self._disk.is_directory(f"{source}/{name}")
             if name not in image.headers and not is_ours and is_plain:
                 yield name
 
@@ -175,3 +179,7 @@ class Slots:
         for at in range(0, size, PIECE_BYTES):
             self._disk.write(target, at, self._disk.read(source, at, PIECE_BYTES))
         self._disk.sync(target)
+
+
+def _has_hash(words: Words, expected: bytes) -> bool:
+    return digest(words) == expected

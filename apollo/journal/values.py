@@ -1,10 +1,11 @@
 """What the weights were in any generation: a complete directory, and the deltas from there.
 
-    slot at generation 5 --check its hash--> words --delta 6, 7--> words of 7 --check--> answer
-                                                   (or back: -delta 5, -delta 4, words of 3)
+    slot at generation 5 --> words --+ delta 6 + delta 7--> words of 7 --check the hash--> answer
+                              (or back: - delta 5 - delta 4, words of 3)
 
-A chunk whose hash is not what its generation says is not used; the other slot is tried. So one good
-copy of each chunk, in whichever slot, gives every generation.
+A chunk that does not come out with the hash that its generation says is not used, whatever was
+damaged on the way; the other slot is tried. So one good copy of each chunk, in whichever slot,
+gives every generation.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,12 +64,10 @@ class Values:
                 continue
             try:
                 words = self._image.read(self._disk, slot.directory, place)
-                if digest(words) != self.segment(slot.generation).hash_after(chunk):
-                    continue
                 words = self._moved(words, chunk, slot.generation, generation)
             except (FileNotFoundError, ImageError, CorruptDelta):
                 continue
-            if digest(words) == expected:
+            if _has_hash(words, expected):
                 return words
         raise WeightsDamaged(
             f"{place.tensor}: no copy of its words {place.first_word} to "
@@ -106,3 +105,7 @@ class Values:
         if first <= last:
             return order[first + 1 : last + 1]
         return order[last + 1 : first + 1][::-1]
+
+
+def _has_hash(words: Words, expected: bytes) -> bool:
+    return digest(words) == expected

@@ -1,0 +1,165 @@
+"""After a loss of power at any operation one generation is seen, and the newest comes back.
+
+The mutations show that this can fail: a journal without any one of its syncs, or with one of them
+on the wrong side of its neighbour, is found out.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+
+import pytest
+
+from tests.crashes import Story, Violation, Workload, check, run_life, whole_lives
+from tests.model_disk import Crash, Mark, ModelDisk, Names, Operation, Sync, crashes
+
+NUM_RANDOM_LIVES = 34
+PER_WINDOW = 450
+NUM_NESTED = 4
+WANTED_STATES = 100_000
+COMMUTING = {
+    ("Sync chain.replace_file < slots.write", "Names chain.replace_file < slots.write"): (
+        "the directory is hidden, and is synced before it is swapped in"
+    ),
+    ("Sync chain.replace_file < slots.write", "Names slots.swap < journal.publish"): (
+        "without exchange, the first of the two renames only takes the old directory away"
+    ),
+    ("Names slots.swap < journal.publish", "Sync slots.swap < journal.publish"): (
+        "without exchange, the last rename only gives the old directory its hidden name"
+    ),
+}
+"""Neighbours whose order does not matter, and why."""
+
+
+def _run(at: int) -> set[bytes]:
+    return run_life(whole_lives(NUM_RANDOM_LIVES, 0)[at], PER_WINDOW, NUM_NESTED, 0)
+
+
+@pytest.mark.timeout(600)
+def test_every_crash_state_recovers_to_the_newest_durable_generation() -> None:
+    num_lives = len(whole_lives(NUM_RANDOM_LIVES, 0))
+    seen: set[bytes] = set()
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for digests in pool.map(_run, range(num_lives)):
+            seen |= digests
+    print(f"{len(seen)} distinct crash states")
+    assert len(seen) >= WANTED_STATES
+
+
+def _site(depth: int) -> str:
+    """The two innermost functions of the journal that are running, with the line in the first."""
+    frame, found = sys._getframe(depth), list[str]()
+    while frame is not None and len(found) < 2:
+        code = frame.f_code
+        folder, file = os.path.split(code.co_filename)
+        if folder.endswith("journal"):
+            line = "" if found else f":{frame.f_lineno - code.co_firstlineno}"
+            found.append(f"{file.removesuffix('.py')}.{code.co_name}{line}")
+        frame = frame.f_back  # type: ignore[assignment]
+    return " < ".join(found)
+
+
+class Witness(ModelDisk):
+    """Notes who asked for each operation, and forgets the syncs of one place."""
+
+    forgotten = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sites: dict[int, str] = {}
+
+    def sync(self, path: str) -> None:
+        if _site(2) != self.forgotten:
+            self.sites[len(self.log)] = _site(2)
+            super().sync(path)
+
+    def _change(self, *changes: tuple[int, str, int | None], is_exchange: bool = False) -> None:
+        self.sites[len(self.log)] = _site(3)
+        super()._change(*changes, is_exchange=is_exchange)
+
+
+def lived(life: Workload, forgotten: str = "") -> tuple[Witness, Story]:
+    disk = Witness(life.start, life.can_exchange)
+    disk.forgotten = forgotten
+    story = Story(dict(life.story.states), dict(life.story.optimizers))
+    life.run(disk, story)
+    return disk, story
+
+
+def first_violation(life: Workload, disk: ModelDisk, story: Story, per_window: int) -> str | None:
+    for crash in crashes(disk, per_window, 0):
+        try:
+            check(Crash(crash.image, crash.marks), story, can_exchange=life.can_exchange)
+        except Violation as violation:
+            return str(violation)
+    return None
+
+
+LIVES = whole_lives(2, 0)
+
+
+def sync_sites() -> list[str]:
+    """Every place of the journal that syncs."""
+    found = dict.fromkeys(
+        disk.sites[at]
+        for disk, _ in map(lived, LIVES)
+        for at, each in enumerate(disk.log)
+        if isinstance(each, Sync)
+    )
+    return list(found)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("site", sync_sites())
+def test_without_any_one_sync_a_crash_does_harm(site: str) -> None:
+    assert any(first_violation(life, *lived(life, site), per_window=150) for life in LIVES)
+
+
+def swappable(disk: Witness) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Neighbours in the log, one of them a sync, whose order could matter, and their places.
+
+    Two syncs can change places, and so can a sync and the coming or going of one name: neither says
+    anything of the other. What is left: a sync, and a rename, an exchange or an acknowledgement.
+    """
+    for at, (one, two) in enumerate(pairwise(disk.log)):
+        kinds = [_kind(one), _kind(two)]
+        if "Sync" in kinds and None not in kinds and kinds != ["Sync", "Sync"]:
+            places = [disk.sites.get(at, "told"), disk.sites.get(at + 1, "told")]
+            yield at, (f"{kinds[0]} {places[0]}", f"{kinds[1]} {places[1]}")
+
+
+def _kind(operation: Operation) -> str | None:
+    if isinstance(operation, Sync):
+        return "Sync"
+    if isinstance(operation, Names) and len(operation.changes) == 2:
+        return "Names"
+    is_told = isinstance(operation, Mark) and operation.what[0] == "acknowledged"
+    return "Mark" if is_told else None
+
+
+def pairs() -> list[tuple[str, str]]:
+    found = dict.fromkeys(pair for disk, _ in map(lived, LIVES) for _, pair in swappable(disk))
+    return list(found)
+
+
+def _without_lines(pair: tuple[str, str]) -> tuple[str, str]:
+    def plain(place: str) -> str:
+        head, arrow, tail = place.partition(" < ")
+        return head.partition(":")[0] + arrow + tail
+
+    return plain(pair[0]), plain(pair[1])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("pair", pairs(), ids=" then ".join)
+def test_with_any_two_neighbours_swapped_a_crash_does_harm(pair: tuple[str, str]) -> None:
+    is_found = False
+    for life in LIVES:
+        disk, story = lived(life)
+        for at in [at for at, each in swappable(disk) if each == pair]:
+            disk.log[at], disk.log[at + 1] = disk.log[at + 1], disk.log[at]
+        is_found = is_found or first_violation(life, disk, story, per_window=60) is not None
+    assert is_found or _without_lines(pair) in COMMUTING

@@ -1,0 +1,249 @@
+"""Whatever is damaged on disk is found out, and what can be mended from elsewhere is.
+
+Every check of a hash is removed in turn, and then something here must go wrong.
+"""
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+
+from apollo.journal import chain, journal, recovery, segment, slots, values
+from apollo.journal.disk import Disk
+from apollo.journal.journal import Journal
+from apollo.journal.recovery import open_journal
+from apollo.journal.segment import SegmentDamaged
+from apollo.journal.slots import SlotDamaged
+from apollo.journal.values import Values, WeightsDamaged
+from tests.crashes import FOLDER, Story, Teller, Violation, first_disk
+from tests.model_disk import Image, ModelDisk, whole_image
+from tests.small_model import CHUNK_WORDS, NAME, PUBLIC, first_state, is_same, learned, load_public
+
+HIDDEN = f"models/.{NAME}.next"
+FLIPS_PER_FILE = 160
+
+
+def life() -> tuple[Image, Story]:
+    """Generation 2 public, 1 hidden, 3 and 4 only in the journal."""
+    disk, story = first_disk(), Story()
+    teller = Teller(disk, story)
+    for is_published in (True, True, False, False):
+        teller.commit()
+        if is_published:
+            teller.publish()
+    return whole_image(disk), story
+
+
+IMAGE, STORY = life()
+
+
+def flipped(image: Image, path: str, at: int, bit: int) -> Image:
+    data = bytearray(image.files[path])
+    data[at] ^= 1 << bit
+    return Image(image.files | {path: bytes(data)}, image.directories)
+
+
+def damages() -> Iterator[tuple[str, Image]]:
+    """One bit of one file, in many places; files of the journal also cut short."""
+    random = Random(0)
+    for path, data in IMAGE.files.items():
+        if path.startswith(FOLDER) or path.endswith(".safetensors"):
+            for _ in range(min(len(data), FLIPS_PER_FILE)):
+                at = random.randrange(len(data))
+                yield f"{path} byte {at}", flipped(IMAGE, path, at, random.randrange(8))
+            cut = data[: random.randrange(len(data))]
+            yield f"{path} cut", Image(IMAGE.files | {path: cut}, IMAGE.directories)
+
+
+def opened(disk: Disk) -> Journal:
+    return open_journal(disk, NAME, chunk_words=CHUNK_WORDS).journal
+
+
+def look(image: Image, what: str) -> None:
+    """Open, read all generations, learn on, publish: nothing wrong may be given out as right."""
+    disk = ModelDisk(image)
+    try:
+        found = opened(disk)
+    except WeightsDamaged:
+        if path_of(what).startswith(PUBLIC):  # Only a damaged header leaves no way at all.
+            raise Violation(f"{what}: not rebuilt from the other slot") from None
+        raise
+    newest = found.newest.generation
+    is_of_tail = any(f"-{n:08d}." in what or f"manifest-{n:08d}" in what for n in (3, 4, 5))
+    if newest < 4 and not is_of_tail and "optimizer" not in what:
+        raise Violation(f"{what}: generation 4 was whole, and {newest} came back")
+    if newest < 2:
+        raise Violation(f"{what}: fell behind what was public")
+    if not is_same(load_public(disk), STORY.states[newest]):
+        raise Violation(f"{what}: {newest} is public, and is not what was committed")
+    if found.optimizer(found.newest) not in (STORY.optimizers[newest], None):
+        raise Violation(f"{what}: a damaged optimizer was given out")
+    for each in found.chain.generations:
+        state = STORY.states[each.generation]
+        for at, chunk_ in enumerate(found.image.chunks):
+            try:
+                words = found.words(at, each.generation)
+            except (WeightsDamaged, SegmentDamaged):
+                continue
+            first = chunk_.first_word
+            if not (words == state[chunk_.tensor][first : first + chunk_.num_words]).all():
+                raise Violation(f"{what}: generation {each.generation} is read wrongly")
+
+
+def path_of(what: str) -> str:
+    return what.rsplit(" byte ", 1)[0]
+
+
+def flip_everything() -> None:
+    """One damaged bit at a time, everywhere."""
+    for what, image in damages():
+        look_unless_refused(image, what)
+
+
+def look_unless_refused(image: Image, what: str) -> None:
+    try:
+        look(image, what)
+    except Violation:
+        raise
+    except Exception as error:
+        # A header of a public weights file is in no journal: it is named, and nothing is given out.
+        if not path_of(what).startswith(PUBLIC):
+            raise Violation(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def lose_the_chain_and_a_bit() -> None:
+    """No manifest is whole, and the public weights are damaged: they must not be believed."""
+    files = {p: data[:-9] if "manifest-" in p else data for p, data in IMAGE.files.items()}
+    image = flipped(Image(files, IMAGE.directories), f"{PUBLIC}/b.safetensors", -1, 0)
+    try:
+        opened(ModelDisk(image))
+    except WeightsDamaged:
+        return
+    raise Violation("damaged weights became the base of a new journal")
+
+
+def lose_a_public_chunk() -> None:
+    """What the public directory has lost must be had from the hidden one, which is then spared."""
+    disk = ModelDisk(flipped(IMAGE, f"{PUBLIC}/b.safetensors", -1, 0))
+    try:
+        opened(disk)
+    except WeightsDamaged:
+        raise Violation("not rebuilt from the other slot") from None
+    if not is_same(load_public(disk), STORY.states[4]):
+        raise Violation("rebuilt wrongly")
+
+
+class LyingDisk(ModelDisk):
+    """Writes another bit than it was told, once, into the hidden directory."""
+
+    has_lied = False
+
+    def write(self, path: str, offset: int, data: bytes | memoryview) -> None:
+        if path == f"{HIDDEN}/b.safetensors" and offset and not self.has_lied:
+            self.has_lied, data = True, bytes([data[0] ^ 1]) + bytes(data[1:])
+        super().write(path, offset, data)
+
+
+def write_wrongly() -> None:
+    """A publication is read back before it is swapped in."""
+    disk = LyingDisk(IMAGE)
+    try:
+        opened(disk)
+    except SlotDamaged:
+        if not is_same(load_public(disk), STORY.states[2]):
+            raise Violation("it was published all the same") from None
+        return
+    raise Violation("nobody read it back")
+
+
+def damage_a_commit() -> None:
+    """A delta that nobody has read since it was written must not lose the ones before it."""
+    name = f"{FOLDER}/00000003-00000004.rvj"
+    disk = ModelDisk(flipped(IMAGE, name, 12, 0))
+    found = opened(disk)
+    if found.newest.generation != 3 or not is_same(load_public(disk), STORY.states[3]):
+        raise Violation("the newest whole generation did not come back")
+
+
+SCENES = [
+    flip_everything,
+    lose_the_chain_and_a_bit,
+    lose_a_public_chunk,
+    write_wrongly,
+    damage_a_commit,
+]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_damage_is_found_out_and_mended(scene: Callable[[], None]) -> None:
+    scene()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("owner", "check"),
+    [
+        (chain, "_has_hash"),
+        (segment, "_is_sealed"),
+        (values, "_has_hash"),
+        (Values, "can_read"),
+        (slots, "_has_hash"),
+        (journal, "_has_hash"),
+        (recovery, "_has_root"),
+        (recovery, "_has_headers"),
+    ],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+def test_without_any_one_check_damage_does_harm(
+    owner: Any, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, check, lambda *arguments: True)
+    is_found = False
+    for scene in SCENES[1:] + SCENES[:1]:
+        try:
+            scene()
+        except Exception:
+            is_found = True
+            break
+    assert is_found
+
+
+def test_a_disk_that_is_full_changes_nothing_and_learning_goes_on() -> None:
+    """Wherever it is full, the generation before is whole, and the next commit works."""
+    from apollo.journal.disk import DiskFull
+
+    class FullDisk(ModelDisk):
+        left = 10**9
+
+        def write(self, path: str, offset: int, data: bytes | memoryview) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise DiskFull("cannot write")
+            super().write(path, offset, data)
+
+    for room in range(60):
+        disk = FullDisk(first_disk().image)
+        teller = Teller(disk, Story())
+        teller.commit()
+        state = learned(teller.story.states[1], 5)
+        disk.left = room
+        try:
+            teller.journal.commit(state, 50, b"moments", 5)
+            break
+        except DiskFull:
+            disk.left = 10**9
+            assert teller.journal.newest.generation == 1
+            assert not [
+                name
+                for name in disk.names(FOLDER)
+                if "00000002.rvj" in name or "optimizer-00000002" in name
+            ], room
+            assert teller.journal.commit(state, 50, b"moments", 5).generation == 2
+            assert is_same(load_public(disk), first_state())
+            teller.publish()
+            assert is_same(load_public(disk), state)
+    else:
+        raise AssertionError("it never fitted")
+    assert room > 5
