@@ -26,7 +26,14 @@ from actors.calls import within
 from actors.cell import connect
 from actors.ending import NAMESPACE
 from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieError, Unavailable
-from actors.messages import MAX_ID_CHARS, CellReport, CheckpointRequest, JobView, TrainRequest
+from actors.messages import (
+    MAX_ID_CHARS,
+    CellReport,
+    CheckpointRequest,
+    JobView,
+    RollbackRequest,
+    TrainRequest,
+)
 from actors.settings import Settings
 from actors.versions import VersionCounter
 from door.keys import KeyStore, Scope, require_loopback
@@ -292,15 +299,28 @@ class Ingress:
 
     @app.post("/checkpoint", openapi_extra=_body_of(CheckpointRequest))
     async def checkpoint(self, request: Request) -> JSONResponse:
-        """Publish the weights as they are now; durable when this answers."""
+        """Keep the weights as they are now; durable, and public if asked, when this answers."""
         with self._slots.one():
             posted = await self._body(request, CheckpointRequest)
-            if not posted.publish:
-                raise InvalidRequest(
-                    "publish: only true is supported; every checkpoint is published"
-                ).about("publish")
             limit = self._settings.cell.checkpoint_timeout_s
-            return JSONResponse(as_json(await self._ask("checkpoint", "commit", timeout_s=limit)))
+            made = await self._ask("checkpoint", "commit", posted, timeout_s=limit)
+            return JSONResponse(as_json(made))
+
+    @app.get("/checkpoints")
+    async def checkpoints(self, request: Request) -> JSONResponse:
+        """The generations that can be returned to, newest first."""
+        self._allow(request, "teach")
+        views = await self._ask("checkpoint", "history")
+        return JSONResponse({"data": [as_json(view) for view in views]})
+
+    @app.post("/rollback", openapi_extra=_body_of(RollbackRequest))
+    async def rollback(self, request: Request) -> JSONResponse:
+        """Make the weights of an earlier generation live again, as a new generation."""
+        with self._slots.one():
+            posted = await self._body(request, RollbackRequest)
+            limit = self._settings.cell.checkpoint_timeout_s
+            made = await self._ask("checkpoint", "roll_back", posted, timeout_s=limit)
+            return JSONResponse(as_json(made))
 
     # Looking in.
 

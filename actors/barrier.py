@@ -52,6 +52,11 @@ class StepBarrier:
                 self._num_waiting -= 1
                 self._changed.notify_all()
 
+    def is_held(self, token: str) -> bool:
+        """Whether the hold that `token` names is in force."""
+        with self._changed:
+            return self._token == token
+
     def release(self, token: str) -> bool:
         """End a hold; False if it was not in force any more: what was read under it is void."""
         with self._changed:

@@ -32,10 +32,11 @@ from actors.dream import Dreamer
 from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.engine import Engine
 from actors.errors import BootFailed
-from actors.messages import CellPaths, CellReport, CellState, Stage
+from actors.messages import CellPaths, CellReport, CellState, CheckpointRequest, Stage
 from actors.settings import Settings
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
+from apollo.weights.adopt import model_name
 
 PLACEMENT_TIMEOUT_S: Final = 60
 START_TIMEOUT_S: Final = 60
@@ -140,7 +141,8 @@ class Cell:
                 self._actors["trainer"].pause.remote(), self._settings.trainer.step_timeout_s
             )
             saved = await within(
-                self._actors["checkpoint"].commit.remote(), cell.checkpoint_timeout_s
+                self._actors["checkpoint"].commit.remote(CheckpointRequest()),
+                cell.checkpoint_timeout_s,
             )
             return f"generation {saved.generation} at version {saved.weights_version}"
         except Exception as error:
@@ -212,11 +214,12 @@ class Cell:
     async def _boot(self) -> None:
         self._stages = []
         await asyncio.to_thread(evict)
-        adopted = await self._stage("model", self._adopt())
-        state = self._settings.home / "state" / adopted.name
+        name = model_name(self._settings.model, self._settings.home)
+        state = self._settings.home / "state" / name
         state.mkdir(parents=True, exist_ok=True)
         if not self._locks:
-            self._locks = [run_dir.lock(state / "lock", adopted.name)]
+            self._locks = [run_dir.lock(state / "lock", name)]
+        adopted = await self._stage("model", self._adopt())
         self._paths = CellPaths(
             str(adopted.directory), run_dir.create(), str(state / "ledger.sqlite")
         )
@@ -245,9 +248,16 @@ class Cell:
 
         @ray.remote(num_cpus=0, max_retries=0)
         def adopt_model(model: str, home: Path, dtype: str | None) -> Any:
+            from apollo.journal.disk import RealDisk
+            from apollo.journal.recovery import open_journal
             from apollo.weights.adopt import adopt
 
-            return adopt(model, home, dtype, lambda note: None)
+            disk, name = RealDisk(home), model_name(model, home)
+            if disk.is_directory(f"state/{name}/journal"):
+                open_journal(disk, name)  # First: it may have to mend what adoption would refuse.
+            adopted = adopt(model, home, dtype, lambda note: None)
+            open_journal(disk, adopted.name)
+            return adopted
 
         dtype = settings.dtype
         if dtype == "auto":

@@ -1,81 +1,244 @@
-"""Owns what is durable of the weights: writes the live ones out and publishes them atomically.
+"""Owns what is durable of the weights: commits to the journal, publications, returns.
 
-    hold the trainer between two steps -> write a hidden directory -> read it back -> release
-        -> generation and version into its manifest -> swap it with the public directory
+    every commit_every_s, POST /checkpoint, a clean stop
+        -> hold the trainer -> copy weights and optimizer -> release -> journal
+    every publish_every_s, on request, a clean stop -> newest generation into the public directory
+    POST /rollback -> hold -> a generation that leads back -> publish -> trainer reads it -> release
 
-The trainer waits while the weights are written; the engine never does.
+The trainer waits while memory is copied, and during a return; the engine never does. The journal is
+the truth: whatever is cut short is found and finished, or forgotten, when it is opened again.
 """
 
+import mmap
 import os
+import threading
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.errors import CheckpointFailed, ReverieError, Unavailable
-from actors.messages import CellPaths, Checkpoint, CheckpointReport
+from actors.errors import CheckpointFailed, NotFound, ReverieError, Unavailable
+from actors.messages import (
+    CellPaths,
+    Checkpoint,
+    CheckpointReport,
+    CheckpointRequest,
+    GenerationView,
+    Hold,
+    Return,
+    RollbackRequest,
+)
 from actors.settings import Settings
+from actors.versions import VersionCounter
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
 
     from actors.trainer import Trainer
+    from apollo.journal.chain import Generation
+    from apollo.journal.journal import Journal
 
 RELEASE_TIMEOUT_S: Final = 30
+KEEPING_INTERVAL_S: Final = 1.0
+RETRY_S: Final = 10.0
+
+T = TypeVar("T")
 
 
 class Checkpointer:
-    """The only writer of the public directory while a cell runs."""
+    """The only writer of the journal and of the public directory while a cell runs."""
 
     def __init__(
         self, settings: Settings, paths: CellPaths, trainer: "ActorProxy[Trainer]"
     ) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["OMP_NUM_THREADS"] = str(settings.journal.threads)
         self._settings = settings
-        self._public = Path(paths.model_dir)
-        self._hidden = self._public.with_name(f".{self._public.name}.next")
-        self._layout_path = Path(paths.layout)
+        self._paths = paths
         self._trainer = trainer
+        self._versions = VersionCounter(paths.versions)
+        self._lock = threading.Lock()
         self._tensors: dict[str, Any] = {}
+        self._journal: Journal
         self._last: Checkpoint | None = None
+        self._published_at = time.monotonic()
+        self._committed_at = time.monotonic()
+        self._paused: str | None = None
+        self._reason: str | None = None
 
     @ray.method
     def start(self) -> CheckpointReport:
-        """Map the live weights read-only and read which generation is public."""
+        """Map the live weights read-only, open the journal, and begin to keep what is learned."""
+        from apollo.journal.disk import RealDisk
+        from apollo.journal.recovery import open_journal
         from apollo.weights.layout import WeightLayout
         from apollo.weights.memory import Mapping
 
-        layout = WeightLayout.load(self._layout_path)
+        layout = WeightLayout.load(Path(self._paths.layout))
         self._tensors = Mapping(layout, is_writable=False).tensors()
+        name = Path(self._paths.model_dir).name
+        self._journal = open_journal(RealDisk(self._settings.home), name).journal
+        threading.Thread(target=self._keep, name="keeping", daemon=True).start()
         return self._describe()
 
     @ray.method(concurrency_group="report")
     def report(self) -> CheckpointReport:
-        """Which generation is public."""
+        """Which generation is durable and which is public; `reason` once it cannot go on."""
         return self._describe()
 
     def _describe(self) -> CheckpointReport:
-        from apollo.weights import manifest
-
-        public = manifest.require(self._public)
-        return CheckpointReport(os.getpid(), public.generation, public.weights_version)
+        newest, public = self._journal.newest, self._journal.public
+        return CheckpointReport(
+            pid=os.getpid(),
+            generation=newest.generation,
+            weights_version=newest.weights_version,
+            public_generation=public.generation,
+            last=self._last,
+            paused=self._paused,
+            reason=self._reason,
+        )
 
     @ray.method
-    def commit(self) -> Checkpoint:
-        """Publish the live weights as a new generation; durable when it returns.
+    def commit(self, request: CheckpointRequest) -> Checkpoint:
+        """Keep the live weights as a generation, and publish it if asked; durable when it returns.
 
-        Blocks the trainer (not the engine) while the weights are written. When nothing was learned
-        since the last generation, that one is returned. Raises CheckpointFailed, with the public
-        directory as it was.
+        When nothing was learned since the last generation, that one is returned. Raises
+        CheckpointFailed, with everything that was durable as it was.
         """
-        from apollo.weights.snapshot import SnapshotError
+        with self._lock, self._translated():
+            made = self._commit()
+            if request.publish:
+                self._publish()
+            return made
+
+    @ray.method
+    def roll_back(self, request: RollbackRequest) -> Checkpoint:
+        """Make the weights of an earlier generation the live ones, as a new generation.
+
+        Raises NotFound for one that is not kept, CheckpointFailed with nothing changed.
+        """
+        from apollo.journal.journal import UnknownGeneration
 
         begun = time.monotonic()
+        with self._lock, self._translated(), self._held(with_optimizer=False) as hold:
+            try:
+                made = self._journal.roll_back(request.generation, hold.next_version)
+            except UnknownGeneration as error:
+                raise NotFound(f"{error}; see GET /checkpoints").about("generation") from None
+            try:
+                self._journal.publish()
+                restoring = self._trainer.restore.remote(Return(hold.token, made.weights_version))
+                self._ask(restoring, self._settings.cell.checkpoint_timeout_s)
+            except BaseException:
+                # It is durable already: a restart finishes it.
+                self._reason = f"the return to generation {request.generation} was cut short"
+                raise
+        self._published_at = self._committed_at = time.monotonic()
+        return self._tell(made, begun, time.monotonic() - begun)
+
+    @ray.method(concurrency_group="control")
+    def history(self) -> list[GenerationView]:
+        """All generations that can be returned to, newest first."""
+        public = self._journal.public.generation
+        kept = self._journal.chain.generations
+        return [_view(each, public) for each in reversed(kept)]
+
+    # Keeping, by the clock.
+
+    def _keep(self) -> None:
+        """Commit and publish what was learned, as often as the settings say."""
+        journal = self._settings.journal
+        while self._reason is None:
+            time.sleep(KEEPING_INTERVAL_S if self._paused is None else RETRY_S)
+            now = time.monotonic()
+            is_new = self._versions.weights_version != self._journal.newest.weights_version
+            is_due = is_new and now - self._committed_at >= journal.commit_every_s
+            if not is_new:
+                self._committed_at = now  # The time of changes counts, not that of rest.
+            try:
+                if is_due or self._paused is not None:
+                    with self._lock, self._translated():
+                        self._commit()
+                if now - self._published_at >= journal.publish_every_s:
+                    with self._lock, self._translated():
+                        self._publish()
+            except CheckpointFailed as error:
+                self._pause(str(error))
+            except ReverieError:
+                continue  # The trainer is busy, or gone: the next look may find it.
+            else:
+                self._pause(None)
+
+    def _pause(self, why: str | None) -> None:
+        """Let the trainer wait while nothing can be kept; None lets it go on."""
+        if why != self._paused and self._reason is None:
+            self._paused = why
+            with _suppressed():
+                ray.get(self._trainer.wait_for_room.remote(why), timeout=RELEASE_TIMEOUT_S)
+
+    # The work, under the lock.
+
+    def _commit(self) -> Checkpoint:
+        from apollo.journal.live import Staging
+
+        begun, newest = time.monotonic(), self._journal.newest
+        if self._versions.weights_version == newest.weights_version:
+            return self._tell(newest, begun, 0.0)
+        staging = Staging(self._tensors)
+        held = time.monotonic()
+        with self._held(with_optimizer=True) as hold:
+            staging.copy()
+        stall = time.monotonic() - held
+        with _bytes_of(self._paths.optimizer if hold.has_optimizer else None) as optimizer:
+            made = self._journal.commit(
+                staging.words(), hold.weights_version, optimizer, hold.optimizer_step
+            )
+        self._committed_at = time.monotonic()
+        self._last = self._tell(made, begun, stall)
+        return self._last
+
+    def _publish(self) -> None:
+        self._journal.publish()
+        self._published_at = time.monotonic()
+
+    def _tell(self, made: "Generation", begun: float, stall: float) -> Checkpoint:
+        return Checkpoint(
+            generation=made.generation,
+            weights_version=made.weights_version,
+            created=made.created,
+            size_bytes=made.segment.size,
+            seconds=round(time.monotonic() - begun, 3),
+            stall_seconds=round(stall, 3),
+        )
+
+    @contextmanager
+    def _held(self, *, with_optimizer: bool) -> Iterator[Hold]:
+        """The trainer stands between two steps; raises if it moved before the end all the same."""
+        limit = self._settings.trainer.step_timeout_s + RELEASE_TIMEOUT_S
+        hold = self._ask(self._trainer.hold.remote(with_optimizer), limit)
         try:
-            return self._commit(begun)
+            yield hold
+        finally:
+            is_intact = self._ask(self._trainer.release.remote(hold.token))
+        if not is_intact:
+            raise CheckpointFailed("nothing was kept: the trainer moved on meanwhile")
+
+    def _ask(self, call: Any, timeout_s: float = RELEASE_TIMEOUT_S) -> Any:
+        return ray.get(call, timeout=timeout_s)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """The journal's and Ray's errors as ours; one that leaves the disk unsure ends the cell."""
+        from apollo.journal.disk import DiskError, DiskFailed
+        from apollo.journal.segment import SegmentDamaged
+        from apollo.journal.slots import SlotDamaged
+        from apollo.journal.values import WeightsDamaged
+
+        try:
+            yield
         except ReverieError:
             raise
         except RayTaskError as error:
@@ -83,60 +246,50 @@ class Checkpointer:
                 raise error.cause from None
             raise
         except RayError:  # Before OSError, which a timeout of Ray's also is.
-            raise Unavailable("the trainer does not answer; nothing was published") from None
-        except (OSError, SnapshotError) as error:
+            raise Unavailable("the trainer does not answer; nothing was kept") from None
+        except DiskFailed as error:
+            self._reason = f"the disk failed: {error}"
+            raise CheckpointFailed(f"{error}; the cell restarts from what is durable") from None
+        except (DiskError, SegmentDamaged, SlotDamaged, WeightsDamaged) as error:
             raise CheckpointFailed(
-                f"nothing was published: {_words(error)}; what is served is unchanged, free some "
-                "space or mend the cause and post the checkpoint again"
+                f"{error}; what was kept before is unchanged: free some space or mend the cause, "
+                "and post it again"
             ) from None
 
-    def _commit(self, begun: float) -> Checkpoint:
-        from apollo.weights import manifest, snapshot
 
-        public = manifest.require(self._public)
-        snapshot.empty_directory(self._hidden)
-        hold = ray.get(
-            self._trainer.hold.remote(),
-            timeout=self._settings.trainer.step_timeout_s + RELEASE_TIMEOUT_S,
-        )
-        held = time.monotonic()
+def _view(each: "Generation", public: int) -> GenerationView:
+    return GenerationView(
+        generation=each.generation,
+        kind=each.kind,
+        parent=each.parent,
+        weights_version=each.weights_version,
+        created=each.created,
+        size_bytes=each.segment.size,
+        is_public=each.generation == public,
+        has_optimizer=each.optimizer is not None,
+        returns_to=each.returns_to,
+        root=each.root,
+    )
+
+
+@contextmanager
+def _bytes_of(path: str | None) -> Iterator[memoryview | None]:
+    """A file's bytes, mapped; the file is removed afterwards."""
+    if path is None:
+        yield None
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        view = memoryview(mapped)
         try:
-            if hold.weights_version == public.weights_version:
-                return Checkpoint(
-                    public.generation,
-                    public.weights_version,
-                    public.created,
-                    sum(public.files.values()),
-                )
-            size_bytes = snapshot.write_weights(self._tensors, self._public, self._hidden)
-            snapshot.verify_weights(self._tensors, self._hidden)
+            yield view
         finally:
-            is_intact = ray.get(self._trainer.release.remote(hold.token), timeout=RELEASE_TIMEOUT_S)
-        stall = time.monotonic() - held
-        if not is_intact:
-            raise CheckpointFailed(
-                "nothing was published: the trainer moved on while it was written"
-            )
-        snapshot.copy_rest(self._public, self._hidden, excluded=(manifest.FILE_NAME,))
-        made = replace(
-            public,
-            generation=public.generation + 1,
-            weights_version=hold.weights_version,
-            created=time.time(),
-            files=manifest.sizes(self._hidden),
-        )
-        manifest.write(self._hidden, made)
-        snapshot.exchange(self._hidden, self._public)
-        return Checkpoint(
-            generation=made.generation,
-            weights_version=made.weights_version,
-            created=made.created,
-            size_bytes=size_bytes,
-            seconds=round(time.monotonic() - begun, 3),
-            stall_seconds=round(stall, 3),
-        )
+            view.release()
+            os.unlink(path)
 
 
-def _words(error: Exception) -> str:
-    """The cause without the machine's paths."""
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+@contextmanager
+def _suppressed() -> Iterator[None]:
+    try:
+        yield
+    except RayError:
+        return

@@ -16,7 +16,7 @@ from actors.errors import SettingsError
 BUSY_TIMEOUT_S: Final = 10.0
 """Longest wait for another process's transaction, e.g. that of a trainer that is being killed."""
 
-_SCHEMA_VERSION: Final = 3
+_SCHEMA_VERSION: Final = 4
 _SCHEMA: Final = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -59,6 +59,7 @@ _SCHEMA: Final = (
     "CREATE INDEX jobs_by_state ON jobs (state)",
     "CREATE INDEX samples_by_state ON samples (state)",
     "INSERT INTO cell VALUES ('version_high_water', 0)",
+    "INSERT INTO cell VALUES ('undone_until', 0)",
     f"PRAGMA user_version = {_SCHEMA_VERSION}",
 )
 
@@ -72,6 +73,10 @@ _MIGRATIONS: Final = {
         "ALTER TABLE jobs ADD COLUMN furthest_step INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE jobs ADD COLUMN num_ends INTEGER NOT NULL DEFAULT 0",
         "PRAGMA user_version = 3",
+    ),
+    3: (
+        "INSERT INTO cell VALUES ('undone_until', 0)",
+        "PRAGMA user_version = 4",
     ),
 }
 """What makes a ledger of an older format one of the next."""

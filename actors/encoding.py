@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from actors.errors import InvalidRequest
 from actors.messages import ChatSample, Sample, TextSample, TrainConfig, TrainingSample
+from actors.settings import MIB, TrainerSettings
 
 if TYPE_CHECKING:
+    from apollo.learning.budget import Memory
     from apollo.learning.samples import Example
 
 NEEDS: Final = {
@@ -155,3 +157,26 @@ class Encoder:
                 f"{self.max_len}; shorten the context"
             )
         return taught.context_ids
+
+
+def size_check(
+    estimate: Callable[[int, int], "Memory"], limits: TrainerSettings
+) -> Callable[[int, int], None]:
+    """Raises InvalidRequest for a sample whose step would take more than the cell allows."""
+
+    def check(num_grad_tokens: int, num_read_tokens: int) -> None:
+        if num_grad_tokens > limits.max_step_tokens:
+            raise InvalidRequest(
+                f"the gradient would flow through {num_grad_tokens} tokens and "
+                f"trainer.max_step_tokens is {limits.max_step_tokens}; shorten the continuation or "
+                "config.grad_context"
+            )
+        needed = estimate(num_grad_tokens, num_read_tokens).total
+        if limits.max_step_bytes is not None and needed > limits.max_step_bytes:
+            raise InvalidRequest(
+                f"its step needs about {needed // MIB} MiB and trainer.max_step_bytes is "
+                f"{limits.max_step_bytes // MIB} MiB; shorten the continuation or "
+                "config.grad_context"
+            )
+
+    return check

@@ -17,9 +17,8 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Sequence
-from typing import Final, get_args
+from typing import get_args
 
-from actors.database import Database
 from actors.errors import Conflict, NotFound, TooBusy, Unavailable
 from actors.messages import (
     Acceptance,
@@ -31,17 +30,11 @@ from actors.messages import (
     TrainConfig,
     TrainingSample,
 )
-from actors.rows import last_step, sample_columns, sample_of, total_steps, view_of
-
-MAX_LOSS_HISTORY: Final = 1000
-"""Most steps that a JobView tells of; the reply stays small however long the job."""
-
-MAX_ENDS: Final = 5
-"""So often a job may be training, and no further than before, when the cell ends: one that takes
-the trainer's process with it (say, for want of memory) would else keep the cell from all others."""
+from actors.rows import last_step, sample_columns, sample_of, total_steps
+from actors.taking_back import TakingBack
 
 
-class Ledger(Database):
+class Ledger(TakingBack):
     """Every method that changes something is one transaction, on disk when it returns.
 
     Safe for threads; every call may wait for the disk, and for BUSY_TIMEOUT_S for another process.
@@ -174,38 +167,6 @@ class Ledger(Database):
         with self._lock:
             return bool(self._job(job_id)["cancel_requested"])
 
-    def recover(self, public_version: int) -> int:
-        """Forget the steps that died with the weights; return the version the cell starts at.
-
-        Call it at boot, once the public weights, of `public_version`, are loaded and before any
-        job starts. Jobs that lost steps are queued again, unless they had failed or been cancelled.
-        The answer is `public_version` where no later version was announced, else a number that was
-        never used; until a job starts, a second call gives the same answer.
-        """
-        with self._transaction() as db:
-            for job in db.execute("SELECT * FROM jobs WHERE state = 'training'").fetchall():
-                self._count_end(job)
-            lost = db.execute(
-                "SELECT job_id, MIN(step_index) FROM steps WHERE version > ? GROUP BY job_id",
-                (public_version,),
-            ).fetchall()
-            db.execute("DELETE FROM steps WHERE version > ?", (public_version,))
-            for job_id, num_left in lost:
-                self._requeue(self._job(job_id), num_left)
-            for job in db.execute("SELECT * FROM jobs WHERE state = 'training'").fetchall():
-                self._stop_training(job)
-            # Those versions name states that are gone; a resumed job starts from a new one.
-            db.execute(
-                "UPDATE jobs SET version_after = NULL WHERE version_after > ?", (public_version,)
-            )
-            db.execute(
-                "UPDATE jobs SET version_before = NULL WHERE version_before > ? OR "
-                "state = 'queued' AND NOT EXISTS (SELECT 1 FROM steps WHERE job_id = jobs.id)",
-                (public_version,),
-            )
-            high_water = self._high_water()
-            return public_version if high_water <= public_version else high_water + 1
-
     def job(self, job_id: str) -> JobView:
         """One job; raises NotFound."""
         with self._lock:
@@ -301,91 +262,3 @@ class Ledger(Database):
             ),
         )
         return job_id
-
-    def _end(self, job_id: str, state: JobState, version: int | None, error: str | None) -> None:
-        self._db.execute(
-            "UPDATE jobs SET state = ?, version_after = ?, error = ?, cancel_requested = 0 "
-            "WHERE id = ?",
-            (state, version, error, job_id),
-        )
-        left = self._db.execute(
-            "UPDATE samples SET state = ? WHERE job_id = ? AND state = 'queued'", (state, job_id)
-        )
-        assert state != "done" or left.rowcount == 0, f"{job_id}: {left.rowcount} samples untrained"
-
-    def _requeue(self, job: sqlite3.Row, num_left: int) -> None:
-        """Take back what steps from `num_left` on had done; they are deleted already."""
-        left = self._scalar("SELECT COUNT(*) FROM steps WHERE job_id = ?", job["id"])
-        assert left == num_left, f"{job['id']}: lost steps in its middle"
-        state = job["state"] if job["state"] in ("failed", "cancelled") else "queued"
-        self._db.execute(
-            "UPDATE samples SET state = ? WHERE job_id = ? AND state = 'trained' AND position >= ?",
-            (state, job["id"], num_left - last_step(job, position=0)),
-        )
-        if job["state"] == "done":
-            self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (job["id"],))
-
-    def _count_end(self, job: sqlite3.Row) -> None:
-        """The cell ended while this job was training; its steps, lost ones too, are still there."""
-        num_steps = self._num_steps(job["id"])
-        num_ends = job["num_ends"] + 1 if num_steps <= job["furthest_step"] else 1
-        self._db.execute(
-            "UPDATE jobs SET furthest_step = ?, num_ends = ? WHERE id = ?",
-            (max(num_steps, job["furthest_step"]), num_ends, job["id"]),
-        )
-
-    def _stop_training(self, job: sqlite3.Row) -> None:
-        """A job was training when the cell died: it ends if it is owed no step, else it waits."""
-        if self._num_steps(job["id"]) == total_steps(job):
-            self._end(job["id"], "done", self._view(job).weights_version, None)
-        elif job["cancel_requested"]:
-            self._end(job["id"], "cancelled", None, None)
-        elif job["num_ends"] >= MAX_ENDS:
-            error = (
-                f"the cell ended {job['num_ends']} times while step {job['furthest_step'] + 1} of "
-                "this job was made, so it is given up; see the trainer's log, and whether a "
-                "sample needs more memory than there is, then post the rest as a new job"
-            )
-            self._end(job["id"], "failed", None, error)
-        else:
-            self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (job["id"],))
-
-    def _view(self, job: sqlite3.Row) -> JobView:
-        recent = self._db.execute(
-            "SELECT * FROM steps WHERE job_id = ? ORDER BY step_index DESC LIMIT ?",
-            (job["id"], MAX_LOSS_HISTORY),
-        ).fetchall()
-        return view_of(job, recent)
-
-    def _job(self, job_id: str) -> sqlite3.Row:
-        job = self._row("SELECT * FROM jobs WHERE id = ?", job_id)
-        if job is None:
-            raise NotFound(f"there is no job {job_id!r}; GET /train/jobs lists them")
-        return job
-
-    def _live_job(self, job_id: str) -> sqlite3.Row:
-        job = self._job(job_id)
-        if job["state"] not in ("queued", "training"):
-            raise Conflict(f"job {job_id!r} is {job['state']} already and stays so")
-        return job
-
-    def _num_steps(self, job_id: str) -> int:
-        return self._scalar(
-            "SELECT COALESCE(MAX(step_index) + 1, 0) FROM steps WHERE job_id = ?", job_id
-        )
-
-    def _num_queued(self) -> int:
-        return self._scalar("SELECT COUNT(*) FROM samples WHERE state = 'queued'")
-
-    def _high_water(self) -> int:
-        return self._scalar("SELECT value FROM cell WHERE key = 'version_high_water'")
-
-    def _newest_version(self) -> int:
-        return self._scalar("SELECT COALESCE(MAX(version), 0) FROM steps")
-
-    def _settle(self, version: int) -> None:
-        assert version >= self._newest_version(), f"version {version} is in the past"
-        self._set_high_water(version)
-
-    def _set_high_water(self, version: int) -> None:
-        self._db.execute("UPDATE cell SET value = ? WHERE key = 'version_high_water'", (version,))

@@ -127,6 +127,14 @@ class CheckpointRequest(_Posted):
     """Body of `POST /checkpoint`."""
 
     publish: bool = True
+    """Whether the public directory shall hold it too; it is durable either way."""
+
+
+class RollbackRequest(_Posted):
+    """Body of `POST /rollback`."""
+
+    generation: int = Field(ge=0)
+    """Whose weights shall be live again; `GET /checkpoints` lists them."""
 
 
 # Between our own processes.
@@ -219,6 +227,11 @@ class CellPaths:
         return f"{self.run_dir}/progress"
 
     @property
+    def optimizer(self) -> str:
+        """The optimizer's state, on its way from the trainer to the journal."""
+        return f"{self.run_dir}/optimizer.safetensors"
+
+    @property
     def vllm_files(self) -> str:
         """List of the shared-memory files that vLLM made for itself and leaves behind if killed."""
         return f"{self.run_dir}/vllm_files"
@@ -275,6 +288,22 @@ class Hold:
 
     token: str
     weights_version: int
+    next_version: int
+    """A version that was never announced, nor reserved."""
+    has_optimizer: bool = False
+    """Whether the optimizer's state lies at `CellPaths.optimizer`."""
+    optimizer_step: int = 0
+
+
+@dataclass(frozen=True)
+class Return:
+    """A generation was made that returns to an earlier one, and it is public: produced by the
+    checkpoint actor, consumed by the trainer, which takes over its weights."""
+
+    token: str
+    """Of the hold under which it is made."""
+    weights_version: int
+    """Of the generation that was made."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +314,7 @@ class Checkpoint:
     weights_version: int
     created: float
     size_bytes: int
+    """What it takes in the journal, without the optimizer's state."""
     seconds: float = 0.0
     stall_seconds: float = 0.0
     """How long the trainer waited."""
@@ -296,7 +326,34 @@ class CheckpointReport:
 
     pid: int
     generation: int
+    """The newest that is durable."""
     weights_version: int
+    public_generation: int = 0
+    """The one in the public directory."""
+    last: Checkpoint | None = None
+    """The newest commit of this boot."""
+    paused: str | None = None
+    """Why nothing can be kept just now; the trainer waits with it, and it is tried again."""
+    reason: str | None = None
+    """Why the cell must restart; None while all is well."""
+
+
+@dataclass(frozen=True)
+class GenerationView:
+    """One generation that can be returned to: produced by the checkpoint actor."""
+
+    generation: int
+    kind: str
+    parent: int | None
+    weights_version: int
+    created: float
+    size_bytes: int
+    is_public: bool
+    has_optimizer: bool
+    """Whether a return to it goes on with its optimizer's moments."""
+    returns_to: int | None
+    root: str
+    """Equal for equal weights."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,17 @@ class TrainerSettings(_Group):
     Answers stall for the whole step, at most `step_deadline_s`. See experiments/hogwild.py."""
 
 
+class JournalSettings(_Group):
+    """What is kept of the weights, and when."""
+
+    commit_every_s: float = Field(default=600, ge=1)
+    """Time of learning after which what was learned is committed to the journal by itself."""
+    publish_every_s: float = Field(default=3600, ge=1)
+    """Time after which the newest generation is published by itself."""
+    threads: int = Field(default=2, ge=1)
+    """Threads that copy the weights while the trainer waits."""
+
+
 class LimitSettings(_Group):
     """What one request may ask for."""
 
@@ -162,6 +173,7 @@ class Settings(_Group):
     """Port of the door."""
     engine: EngineSettings = EngineSettings()
     trainer: TrainerSettings = TrainerSettings()
+    journal: JournalSettings = JournalSettings()
     limits: LimitSettings = LimitSettings()
     cell: CellSettings = CellSettings()
 

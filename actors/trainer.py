@@ -12,16 +12,16 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
 from actors.barrier import StepBarrier
-from actors.encoding import Encoder
-from actors.errors import Conflict, InvalidRequest, Unavailable
+from actors.encoding import Encoder, size_check
+from actors.errors import Conflict, Unavailable
 from actors.ledger import Ledger
 from actors.messages import (
     Acceptance,
@@ -30,23 +30,28 @@ from actors.messages import (
     Hold,
     JobView,
     QueuedJob,
+    Return,
     TrainConfig,
     TrainerReport,
     TrainRequest,
 )
 from actors.pausing import paused_engine
-from actors.settings import MIB, Settings
+from actors.recall import recall, write_optimizer
+from actors.settings import Settings
 from actors.teacher import ask_teacher
 from actors.versions import VersionCounter
+from actors.waiting import Waiting
 
 if TYPE_CHECKING:
     from apollo.learning.samples import Example, TopLogprobs
     from apollo.learning.step import Learner
 
 IDLE_WAIT_S: Final = 1.0
-DISK_RETRY_S: Final = 2.0
-REST_SLICE_S: Final = 0.5
 STOP_TIMEOUT_S: Final = 60
+
+
+class _Returned(Exception):
+    """The weights have returned to an earlier generation; this job's steps may be undone."""
 
 
 class StepFailed(Exception):
@@ -82,7 +87,8 @@ class Trainer:
         self._last_loss: float | None = None
         self._last_step_s: float | None = None
         self._last_update: dict[str, Any] = {}
-        self._paused: str | None = None
+        self._waiting = Waiting(self._stopping)
+        self._num_returns = 0
         self._reason: str | None = None
         self._spoiled: str | None = None
         """Why the live weights may hold half a step, or one that the ledger does not know."""
@@ -119,13 +125,14 @@ class Trainer:
         self._encoder = Encoder(
             tokenizer=AutoTokenizer.from_pretrained(model_dir, local_files_only=True),
             vocab_size=self._learner.module.config.get_text_config().vocab_size,
-            check_size=self._check_size,
+            check_size=size_check(self._learner.estimate, trainer),
             max_len=min(max_len, getattr(module.config, "max_position_embeddings", max_len)),
         )
         self._ledger = Ledger(Path(self._paths.ledger))
         public = manifest.require(model_dir)
         if public.generation == 0:
             self._ledger.claim(public.created)
+        recall(self._settings.home, model_dir.name, self._learner.optimizer, self._ledger)
         self._versions.weights_version = self._ledger.recover(public.weights_version)
         self._thread.start()
         return self._describe()
@@ -187,25 +194,55 @@ class Trainer:
             last_loss=self._last_loss,
             last_step_s=self._last_step_s,
             **self._last_update,
-            paused=self._paused,
+            paused=self._waiting.reason,
             reason=self._reason or (None if is_alive else "the training thread ended"),
         )
 
     @ray.method(concurrency_group="control")
-    def hold(self) -> Hold:
-        """Stand between two steps until `release`.
+    def hold(self, with_optimizer: bool) -> Hold:
+        """Stand between two steps until `release`; the optimizer's state is written if asked.
 
         Raises Unavailable if a step does not end, or if these weights must not be kept.
         """
-        if self._paused is not None:
-            raise Unavailable(f"training is paused: {self._paused}")
+        if self._waiting.is_ledger_full:
+            raise Unavailable(f"training is paused: {self._waiting.reason}")
         token = self._barrier.hold(self._settings.trainer.step_timeout_s)
         if token is None:
             raise Unavailable("the step in progress did not end in time; try again later")
         if self._spoiled is not None:
             self._barrier.release(token)
             raise Unavailable(f"{self._spoiled}; the cell restarts from the last generation")
-        return Hold(token, self._versions.weights_version)
+        held = Hold(token, self._versions.weights_version, self._ledger.next_version())
+        if not with_optimizer or not self._learner.optimizer.state:
+            return held
+        try:
+            step = write_optimizer(self._learner.optimizer, Path(self._paths.optimizer))
+        except Exception as error:
+            self._barrier.release(token)
+            raise Unavailable(f"the optimizer's state cannot be written: {error}") from None
+        return replace(held, has_optimizer=True, optimizer_step=step)
+
+    @ray.method(concurrency_group="control")
+    def restore(self, made: Return) -> None:
+        """Take over the weights of a return, which are public, under the hold that it names."""
+        from apollo.journal.live import restore
+
+        if not self._barrier.is_held(made.token):
+            raise Unavailable("the hold has ended; the cell restarts from what was returned to")
+        self._spoiled = "a return broke off"
+        self._num_returns += 1
+        self._versions.begin_writing()
+        model_dir = Path(self._paths.model_dir)
+        restore(Path(self._paths.layout), model_dir)
+        recall(self._settings.home, model_dir.name, self._learner.optimizer, self._ledger)
+        self._versions.weights_version = made.weights_version
+        self._versions.next_epoch()
+        self._spoiled = None
+
+    @ray.method(concurrency_group="control")
+    def wait_for_room(self, why: str | None) -> None:
+        """Make no step while nothing that is learned could be kept; None lets training go on."""
+        self._waiting.nothing_kept = why
 
     @ray.method(concurrency_group="control")
     def release(self, token: str) -> bool:
@@ -223,44 +260,28 @@ class Trainer:
             self._ledger.settle(version)
         return version
 
-    def _check_size(self, num_grad_tokens: int, num_read_tokens: int) -> None:
-        """Raise InvalidRequest for a sample whose step would take more than the cell allows."""
-        limits = self._settings.trainer
-        if num_grad_tokens > limits.max_step_tokens:
-            raise InvalidRequest(
-                f"the gradient would flow through {num_grad_tokens} tokens and "
-                f"trainer.max_step_tokens is {limits.max_step_tokens}; shorten the continuation or "
-                "config.grad_context"
-            )
-        needed = self._learner.estimate(num_grad_tokens, num_read_tokens).total
-        if limits.max_step_bytes is not None and needed > limits.max_step_bytes:
-            raise InvalidRequest(
-                f"its step needs about {needed // MIB} MiB and trainer.max_step_bytes is "
-                f"{limits.max_step_bytes // MIB} MiB; shorten the continuation or "
-                "config.grad_context"
-            )
-
     # The training thread.
 
     def _train(self) -> None:
         try:
             while not self._stopping.is_set():
                 self._wake.clear()
+                num_returns = self._num_returns
                 job = self._ledger.next_job()
                 if job is None:
                     self._wake.wait(IDLE_WAIT_S)
                     continue
-                self._run(job)
+                self._run(job, num_returns)
         except Exception as error:  # The cell restarts on `reason`; the ledger knows what is left.
             self._reason = f"training stopped: {type(error).__name__}: {error}"
 
-    def _run(self, job: QueuedJob) -> None:
+    def _run(self, job: QueuedJob, num_returns: int = 0) -> None:
         """Train one job to its end, its failure, its cancellation, or the trainer's stop."""
         from apollo.learning.step import NonFiniteLoss, StepTooLong
 
         try:
             version = self._versions.weights_version
-            self._when_there_is_room(lambda: self._ledger.start_job(job.job_id, version))
+            self._waiting.for_room(lambda: self._ledger.start_job(job.job_id, version))
         except Conflict:
             return  # It was cancelled just before.
         self._job_id, self._steps = job.job_id, job.steps_done
@@ -275,7 +296,10 @@ class Trainer:
                 if self._ledger.is_cancel_requested(job.job_id):
                     state = "cancelled"
                     break
-                self._step(job, index)
+                self._waiting.until_kept()
+                self._step(job, index, num_returns)
+        except _Returned:
+            return  # The ledger knows what became of the job.
         except (StepFailed, NonFiniteLoss, StepTooLong, Unavailable) as failure:
             state, error = "failed", str(failure)
         except sqlite3.Error as failure:
@@ -293,10 +317,10 @@ class Trainer:
         # Before anybody can read `done`: the next request must not see the old epoch's prefixes.
         self._versions.next_epoch()
         end = (job.job_id, state, self._versions.weights_version, error)
-        self._when_there_is_room(lambda: self._ledger.finish_job(*end))
+        self._waiting.for_room(lambda: self._ledger.finish_job(*end))
         self._reason = self._spoiled  # Only now: the cell restarts on it.
 
-    def _step(self, job: QueuedJob, index: int) -> None:
+    def _step(self, job: QueuedJob, index: int, num_returns: int) -> None:
         from apollo.learning.samples import Example
         from apollo.learning.step import NonFiniteLoss, StepTooLong
 
@@ -314,6 +338,8 @@ class Trainer:
         )
         warm_up = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         with self._barrier.step(), self._quiet():
+            if self._num_returns != num_returns:
+                raise _Returned
             begun = time.monotonic()
             # Said before the barrier opens: a checkpoint that waits must not keep a broken step.
             self._spoiled = "a step broke off"
@@ -336,7 +362,7 @@ class Trainer:
             if (index + 1) % self._settings.trainer.epoch_steps == 0:
                 self._versions.next_epoch()
             step = (job.job_id, index, sample.id, version, report.loss, seconds)
-            self._when_there_is_room(lambda: self._ledger.record_step(*step))
+            self._waiting.for_room(lambda: self._ledger.record_step(*step))
             self._spoiled = None
         self._steps, self._last_loss, self._last_step_s = index + 1, report.loss, seconds
         self._last_update = {
@@ -350,7 +376,11 @@ class Trainer:
                 f"step {index + 1}, sample {sample.id}: the gradient of {report.skipped[0]} is not "
                 f"finite ({len(report.skipped)} tensors were left alone); lower learning_rate"
             )
-        self._rest(job.job_id, seconds, config.duty or self._settings.trainer.duty)
+        self._waiting.rest(
+            seconds,
+            config.duty or self._settings.trainer.duty,
+            lambda: self._ledger.is_cancel_requested(job.job_id),
+        )
 
     def _quiet(self) -> AbstractContextManager[None]:
         trainer = self._settings.trainer
@@ -367,26 +397,3 @@ class Trainer:
         if not self._canaries:
             return None
         return self._canaries[index % len(self._canaries)], config.anchor
-
-    def _when_there_is_room(self, write: Callable[[], None]) -> None:
-        """Write to the ledger; waits, visibly, while the disk is full."""
-        while True:
-            try:
-                write()
-                self._paused = None
-                return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-                    raise
-                self._paused = "the disk is full: free some space, training then goes on by itself"
-                if self._stopping.wait(DISK_RETRY_S):
-                    raise
-
-    def _rest(self, job_id: str, seconds: float, duty: float) -> None:
-        """Sleep so that `duty` of the time is spent computing; a cancelled job ends the sleep."""
-        end = time.monotonic() + seconds * (1.0 - duty) / duty
-        while (left := end - time.monotonic()) > 0:
-            if self._stopping.wait(min(left, REST_SLICE_S)):
-                return
-            if self._ledger.is_cancel_requested(job_id):
-                return

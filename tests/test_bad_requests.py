@@ -86,6 +86,10 @@ def needs(objective: str, says: str) -> Bad:
     return train(f"{objective} of a plain sample", body, 422, says, "samples[0]")
 
 
+def rollback(name: str, body: Any, status: int, says: str, param: str | None = None) -> Bad:
+    return Bad(name, "POST", "/rollback", body, status, says, param)
+
+
 def checkpoint(name: str, body: Any, status: int, says: str, param: str | None = None) -> Bad:
     return Bad(name, "POST", "/checkpoint", body, status, says, param)
 
@@ -294,7 +298,11 @@ CONFIGS = [
 ]
 
 ROUTES = [
-    checkpoint("publish false", {"publish": False}, 422, "only true is supported", "publish"),
+    rollback("no generation", {}, 422, "generation", "generation"),
+    rollback("generation -1", {"generation": -1}, 422, "greater than or equal", "generation"),
+    rollback("generation unknown", {"generation": 999}, 404, "is not kept", "generation"),
+    rollback("generation 1.5", {"generation": 1.5}, 422, "generation", "generation"),
+    rollback("generation huge", {"generation": 2**70}, 404, "is not kept", "generation"),
     checkpoint("publish a word", {"publish": "yes"}, 422, 'got "yes"', "publish"),
     checkpoint("publish misspelt", {"publich": True}, 422, "unknown key", "publich"),
     checkpoint("checkpoint array", b"[true]", 400, "not an array"),

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from actors.encoding import Encoder
+from actors.encoding import Encoder, size_check
 from actors.errors import InvalidRequest
-from actors.messages import CellPaths, TokenSample, TrainConfig
-from actors.settings import Settings, TrainerSettings
-from actors.trainer import Trainer
-from actors.versions import VersionCounter
+from actors.messages import TokenSample, TrainConfig
+from actors.settings import TrainerSettings
 from apollo.learning.budget import estimate_memory, measured_peak
 from apollo.learning.samples import Example
 from apollo.learning.step import Learner, StepTooLong
@@ -89,10 +87,8 @@ def test_every_sample_is_measured_against_the_limits_before_it_is_queued() -> No
         ({"max_step_bytes": 2**20}, "trainer.max_step_bytes is 1 MiB"),
     ],
 )
-def test_limits_are_named_with_their_remedy(tmp_path: Any, limits: Any, says: str) -> None:
-    paths = CellPaths(str(tmp_path), str(tmp_path), str(tmp_path / "ledger.sqlite"))
-    VersionCounter.create(paths.versions)
-    trainer = Trainer(Settings(trainer=TrainerSettings(nice=0, **limits)), paths)
-    trainer._learner = Learner(make_model("llama"), rank=4)
+def test_limits_are_named_with_their_remedy(limits: Any, says: str) -> None:
+    learner = Learner(make_model("llama"), rank=4)
+    check = size_check(learner.estimate, TrainerSettings(**limits))
     with pytest.raises(InvalidRequest, match=says + ".*shorten the continuation"):
-        trainer._check_size(17, 10_000)
+        check(17, 10_000)

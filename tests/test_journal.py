@@ -1,14 +1,21 @@
 """The journal on a real disk: what is committed comes back, bit by bit, and only that."""
 
+import errno
+import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
-from apollo.journal.disk import RealDisk, lease
+from apollo.journal.disk import DiskFailed, NotAPlainFile, RealDisk, lease
+from apollo.journal.image import ImageError
 from apollo.journal.journal import Journal, UnknownGeneration
 from apollo.journal.recovery import Recovered, open_journal
 from apollo.journal.values import WeightsDamaged
+from apollo.weights import manifest
 from tests.small_model import (
     CHUNK_WORDS,
     NAME,
@@ -22,6 +29,7 @@ from tests.small_model import (
     put_model,
 )
 
+NUM_SWAPS = 100
 FOLDER = f"state/{NAME}/journal"
 
 
@@ -111,6 +119,7 @@ def test_a_return_is_a_new_generation_and_can_be_undone_itself(disk: RealDisk) -
     states = taught(journal, 3)
     made = journal.roll_back(2, 31)
     assert (made.generation, made.returns_to, made.weights_version) == (4, 2, 31)
+    assert made.undone_after == 20
     assert journal.optimizer(made) == b"optimizer 2"
     journal.publish()
     assert is_same(load_public(disk), states[2])
@@ -177,6 +186,76 @@ def test_without_an_undamaged_copy_nothing_is_published(disk: RealDisk) -> None:
     with pytest.raises(WeightsDamaged, match=r"layer\.b: no copy of its words 8 to 8"):
         journal.publish()
     assert not is_same(load_public(disk), states[1])
+
+
+def test_a_reader_sees_one_complete_generation_at_every_instant(disk: RealDisk) -> None:
+    """Files opened by name, one after the other, under a lease; while another is published."""
+    journal = opened(disk).journal
+    states = [first_state()]
+    is_over, torn = threading.Event(), list[str]()
+
+    def read() -> None:
+        while not is_over.is_set():
+            with lease(disk.path(PUBLIC)) as directory:
+                held = manifest.require(directory)
+                time.sleep(0.001)
+                seen: State = {}
+                for name in ("a.safetensors", "b.safetensors"):
+                    for tensor, found in load((directory / name).read_bytes()).items():
+                        seen[tensor] = found.view({2: np.uint16, 4: np.uint32}[found.itemsize])
+                if not is_same(seen, states[held.generation]):
+                    torn.append(f"generation {held.generation}")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(1, NUM_SWAPS + 1):
+        states.append(learned(states[-1], number))
+        journal.commit(states[-1], number)
+        journal.publish()
+    is_over.set()
+    reader.join(10)
+    assert not torn and not reader.is_alive()
+    assert is_same(load_public(disk), states[-1])
+
+
+def test_what_is_live_and_not_published_is_refused_by_name(disk: RealDisk) -> None:
+    journal = opened(disk).journal
+    state = learned(first_state(), 1)
+    with pytest.raises(ImageError, match=r"layer\.new is live or published, but not both"):
+        journal.commit(state | {"layer.new": state["layer.a"]}, 1)
+    del state["layer.b"]
+    with pytest.raises(ImageError, match=r"layer\.b is live or published"):
+        journal.commit(state, 1)
+    assert journal.newest.generation == 0
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_link_in_the_place_of_a_file_is_refused(disk: RealDisk, kind: str) -> None:
+    """What is written through a link is written elsewhere: into a cache that others read, say."""
+    where, elsewhere = disk.path(f"{PUBLIC}/config.json"), disk.path("elsewhere")
+    where.rename(elsewhere)
+    if kind == "symbolic":
+        where.symlink_to(elsewhere)
+    else:
+        where.hardlink_to(elsewhere)
+    journal = opened(disk).journal
+    journal.commit(learned(first_state(), 1), 1)
+    with pytest.raises(NotAPlainFile, match=f"config.json is a {kind} link"):
+        journal.publish()
+    assert is_same(load_public(disk), first_state())
+
+
+def test_a_failed_sync_is_not_tried_again(disk: RealDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = opened(disk).journal
+
+    def fail(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DiskFailed, match="cannot sync .*Input/output error"):
+        journal.commit(learned(first_state(), 1), 1)
+    monkeypatch.undo()
+    assert opened(disk).journal.newest.generation == 0
 
 
 def test_a_leased_directory_is_not_touched(disk: RealDisk) -> None:

@@ -18,12 +18,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from actors import ledger as ledger_module
+from actors import ledger_rows
 from actors.database import BUSY_TIMEOUT_S
 from actors.errors import Conflict, NotFound, SettingsError, TooBusy, Unavailable
 from actors.ledger import Ledger
 from actors.messages import JobState, QueuedJob, TrainConfig, TrainingSample
 from actors.rows import sample_of
+from actors.taking_back import MAX_ENDS
 
 MANY = 1000
 
@@ -115,6 +116,7 @@ def test_the_ledger_of_an_older_reverie_is_brought_forward_with_its_samples(path
             other.execute(f"ALTER TABLE samples DROP COLUMN {column}")
         for column in ("furthest_step", "num_ends"):
             other.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+        other.execute("DELETE FROM cell WHERE key = 'undone_until'")
         other.execute("PRAGMA user_version = 1")
         other.commit()
     for _ in range(2):
@@ -130,10 +132,10 @@ def test_the_ledger_of_an_older_reverie_is_brought_forward_with_its_samples(path
 
 def test_the_ledger_of_a_newer_reverie_is_refused_and_left_alone(path: Path) -> None:
     with sqlite3.connect(path) as other:
-        other.execute("PRAGMA user_version = 4")
+        other.execute("PRAGMA user_version = 5")
     other.close()
     before = path.read_bytes()
-    with pytest.raises(SettingsError, match=r"ledger format 4.*knows 3.*newer Reverie"):
+    with pytest.raises(SettingsError, match=r"ledger format 5.*knows 4.*newer Reverie"):
         Ledger(path)
     assert path.read_bytes() == before
 
@@ -327,7 +329,7 @@ def test_a_job_shows_its_steps_losses_and_versions(ledger: Ledger) -> None:
 
 
 def test_the_loss_history_keeps_the_newest(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "MAX_LOSS_HISTORY", 3)
+    monkeypatch.setattr(ledger_rows, "MAX_LOSS_HISTORY", 3)
     job_id = accept(ledger, "a", epochs=5)
     train(ledger, 0)
     view = ledger.job(job_id)
@@ -518,7 +520,7 @@ def test_a_job_that_never_gets_past_a_step_is_given_up_and_frees_the_queue(
 ) -> None:
     poison, next_one = accept(ledger, "a", epochs=5), accept(ledger, "b")
     version = 0
-    for number in range(ledger_module.MAX_ENDS):
+    for number in range(MAX_ENDS):
         assert next_job(ledger).job_id == poison, f"given up after {number} ends of the cell"
         train(ledger, version, num_steps=num_steps)
         version = ledger.recover(0)  # Nothing of it was published: its steps are made again.
@@ -529,8 +531,8 @@ def test_a_job_that_never_gets_past_a_step_is_given_up_and_frees_the_queue(
 
 
 def test_a_job_that_gets_further_each_time_is_never_given_up(ledger: Ledger) -> None:
-    job_id, version = accept(ledger, "a", epochs=3 * ledger_module.MAX_ENDS), 0
-    for number in range(2 * ledger_module.MAX_ENDS):
+    job_id, version = accept(ledger, "a", epochs=3 * MAX_ENDS), 0
+    for number in range(2 * MAX_ENDS):
         version = train(ledger, version, num_steps=1)
         version = ledger.recover(version)
         view = ledger.job(job_id)

@@ -226,6 +226,49 @@ def test_a_checkpoint_without_news_is_the_one_before(cell: RunningCell) -> None:
     assert again["generation"] == first["generation"]
 
 
+def test_a_commit_is_durable_before_it_is_public_and_a_return_is_served_at_once(
+    cell: RunningCell, client: OpenAI, model: str
+) -> None:
+    def post(route: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = httpx.post(f"{cell.base}{route}", json=body, timeout=180)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def listed() -> dict[int, dict[str, Any]]:
+        return {each["generation"]: each for each in cell.get("/checkpoints")["data"]}
+
+    def said() -> str | None:
+        answer = client.chat.completions.create(
+            model=model, messages=chat(QUESTION), temperature=0, max_tokens=30
+        )
+        return answer.choices[0].message.content
+
+    before = post("/checkpoint", {})
+    said_before = said()
+    sample = taught(QUESTION, "Somebody else, for a while.", id=f"return-{time.time_ns()}")
+    config = {"learning_rate": 5e-5, "epochs": 10}
+    job = cell.train({"samples": [sample], "config": config})
+    assert said() != said_before
+    kept = post("/checkpoint", {"publish": False})
+    assert kept["generation"] == before["generation"] + 1 and kept["size_bytes"] > 1e6
+    assert listed()[before["generation"]]["is_public"]
+    assert listed()[kept["generation"]]["has_optimizer"]
+
+    returned = post("/rollback", {"generation": before["generation"]})
+    assert returned["generation"] == kept["generation"] + 1
+    assert returned["weights_version"] > kept["weights_version"]
+    assert said() == said_before
+    made = listed()[returned["generation"]]
+    assert made["is_public"] and made["returns_to"] == before["generation"]
+    assert made["root"] == listed()[before["generation"]]["root"]
+    undone = cell.get(f"/train/jobs/{job['job_id']}")
+    assert undone["status"] == "cancelled" and "undone by a return" in undone["error"]
+    status = cell.get("/status")
+    assert status["weights_version"] == returned["weights_version"]
+    assert status["checkpoint"]["public_generation"] == returned["generation"]
+
+
 def test_the_same_id_is_accepted_once_and_other_content_is_a_conflict(cell: RunningCell) -> None:
     sample = taught("Which id?", "This one.", id=f"once-{time.time_ns()}")
     body = {"samples": [sample], "config": {"learning_rate": 1e-6}}

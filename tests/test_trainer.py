@@ -67,7 +67,7 @@ def run(trainer: Trainer, learner: ScriptedLearner, num_samples: int = 1, **conf
 def hold(trainer: Trainer) -> Any:
     """What the checkpoint actor calls; Ray's decorator hides from mypy that it is a method."""
     method: Any = trainer.hold
-    return method()
+    return method(False)
 
 
 def test_warm_up_is_linear_and_every_step_is_one_version(trainer: Trainer) -> None:
@@ -96,12 +96,10 @@ def test_duty_rests_in_proportion_and_ends_when_cancelled(
         return False
 
     monkeypatch.setattr(trainer._stopping, "wait", wait)
-    monkeypatch.setattr(Ledger, "is_cancel_requested", lambda ledger, job_id: False)
-    trainer._rest("job", 2.0, 0.25)
+    trainer._waiting.rest(2.0, 0.25, lambda: False)
     assert sum(rested) == pytest.approx(6.0)
-    monkeypatch.setattr(Ledger, "is_cancel_requested", lambda ledger, job_id: True)
     rested.clear()
-    trainer._rest("job", 2.0, 0.01)
+    trainer._waiting.rest(2.0, 0.01, lambda: True)
     assert len(rested) == 1
 
 
@@ -180,7 +178,7 @@ def test_a_full_disk_pauses_training_visibly_and_the_step_is_made_once(
         record(ledger, *arguments)
 
     def wait(seconds: float) -> bool:
-        paused.append(trainer._paused)
+        paused.append(trainer._waiting.reason)
         return False
 
     monkeypatch.setattr(Ledger, "record_step", full_at_first)
@@ -189,7 +187,7 @@ def test_a_full_disk_pauses_training_visibly_and_the_step_is_made_once(
     view = run(trainer, learner)
     assert view.status == "done" and len(learner.rates) == 1
     assert len(paused) == 2 and all("disk is full" in (text or "") for text in paused)
-    assert trainer._paused is None
+    assert trainer._waiting.reason is None
 
 
 def test_a_job_cancelled_before_its_turn_is_left_alone(trainer: Trainer) -> None:

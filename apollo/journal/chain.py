@@ -58,6 +58,8 @@ class Generation:
     """Steps that the optimizer had made."""
     returns_to: int | None = None
     """Of a rollback: the generation whose weights these are."""
+    undone_after: int | None = None
+    """Of a rollback: the version of those weights; all steps from there to here are undone."""
     is_learned_again: bool = False
     """Of a rollback: what was undone is queued again, except `forgotten`."""
     forgotten: tuple[str, ...] = ()

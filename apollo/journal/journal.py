@@ -19,7 +19,7 @@ from apollo.journal import codec, segment
 from apollo.journal.chain import Chain, Generation, StoredFile
 from apollo.journal.codec import Words
 from apollo.journal.disk import Disk, DiskFull
-from apollo.journal.image import HASH_BYTES, Image, digest, root
+from apollo.journal.image import HASH_BYTES, Image, ImageError, digest, root
 from apollo.journal.segment import Segment, SegmentWriter
 from apollo.journal.slots import Slots
 from apollo.journal.values import Values
@@ -94,6 +94,8 @@ class Journal:
         parent = self.newest
         if weights_version == parent.weights_version:
             return parent
+        if strange := set(live) ^ {chunk.tensor for chunk in self.image.chunks}:
+            raise ImageError(f"{min(strange)} is live or published, but not both")
         slots = self.slots.slots()
 
         def words_of(at: int, before: bytes) -> tuple[bytes, bytes] | None:
@@ -157,6 +159,7 @@ class Journal:
                 optimizer=goal.optimizer,
                 step=goal.step if goal.optimizer is not None else 0,
                 returns_to=generation,
+                undone_after=goal.weights_version,
                 is_learned_again=is_learned_again,
                 forgotten=forgotten,
             ),

@@ -36,7 +36,7 @@ from apollo.weights.model_directory import (
     weight_files,
 )
 
-__all__ = ["DTYPES", "Adopted", "AdoptionError", "adopt", "copy_file"]
+__all__ = ["DTYPES", "Adopted", "AdoptionError", "adopt", "copy_file", "model_name"]
 
 Progress = Callable[[str], None]
 
@@ -69,16 +69,26 @@ def adopt(model: str, home: Path, dtype: str | None, progress: Progress) -> Adop
     if dtype is not None and dtype not in DTYPES:
         raise AdoptionError(f"dtype={dtype!r} is unknown; use {' or '.join(DTYPES)}")
     models = home.expanduser().resolve() / "models"
-    base, source = _locate(model)
-    if source is not None and source.parent == models:
-        base, source = _locate(_base_of(source))
-    name = _name_of(source.name if source is not None else base)
+    name, base, source = _resolve(model, models)
     directory = models / name
     models.mkdir(parents=True, exist_ok=True)
     with _lock(models / f".{name}.lock", progress):
         if not _is_complete(directory, base, dtype):
             _build(directory, base, source, dtype, progress)
         return _describe(name, directory)
+
+
+def model_name(model: str, home: Path) -> str:
+    """The name under which `model` is, or would be, adopted; raises AdoptionError."""
+    return _resolve(model, home.expanduser().resolve() / "models")[0]
+
+
+def _resolve(model: str, models: Path) -> tuple[str, str, Path | None]:
+    """Name, what the model is recorded as, and its directory if it is one."""
+    base, source = _locate(model)
+    if source is not None and source.parent == models:
+        base, source = _locate(_base_of(source))
+    return _name_of(source.name if source is not None else base), base, source
 
 
 def copy_file(source: Path, target: Path) -> None:
