@@ -26,8 +26,8 @@ import psutil
 VICTIMS = ("engine", "trainer", "ingress")
 NUM_CHATS = 3
 WARM_UP_S = 4.0
-READY_TIMEOUT_S = 240.0
-FIND_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 400.0
+FIND_TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 300.0
 
 
@@ -57,10 +57,10 @@ class Load:
             "max_tokens": 24,
             "stream": True,
         }
+        url, client = f"{self.base}/v1/chat/completions", httpx.Client(timeout=60)
         while not self._stop.is_set():
             try:
-                url = f"{self.base}/v1/chat/completions"
-                with httpx.stream("POST", url, json=body, timeout=60) as answer:
+                with client.stream("POST", url, json=body) as answer:
                     whole = b"".join(answer.iter_bytes())
                 is_whole = answer.status_code == 200 and b"[DONE]" in whole
                 cut = "" if is_whole or answer.status_code != 200 else " cut short"
@@ -73,14 +73,14 @@ class Load:
             self._stop.wait(0.05)
 
     def _teach(self) -> None:
-        number, run = 0, os.urandom(4).hex()
+        number, run, client = 0, os.urandom(4).hex(), httpx.Client(timeout=30)
         while not self._stop.is_set():
             number += 1
             name = f"kill-{run}-{number}"
             sample = {"id": name, "context": f"{number} and one is", "continuation": " a number."}
             body = {"samples": [sample], "config": {"learning_rate": 1e-6}}
             try:
-                answer = httpx.post(f"{self.base}/train", json=body, timeout=30)
+                answer = client.post(f"{self.base}/train", json=body)
                 ours = "" if answer.status_code in (202, 503) else f" {answer.content[:40]!r}"
                 self.answers[f"train {answer.status_code}{ours}"] += 1
                 if answer.status_code == 202:
@@ -90,9 +90,13 @@ class Load:
             self._stop.wait(1.0)
 
 
+LOOK = httpx.Client(timeout=20)
+"""One client for all looks: each new one takes some 30 ms of a core that the cell would use."""
+
+
 def is_ready(base: str) -> bool:
     try:
-        return httpx.get(f"{base}/readyz", timeout=5).status_code == 200
+        return LOOK.get(f"{base}/readyz").status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -100,7 +104,7 @@ def is_ready(base: str) -> bool:
 def status_of(base: str) -> dict[str, Any]:
     """`/status`, or nothing while the door does not answer."""
     try:
-        status: dict[str, Any] = httpx.get(f"{base}/status", timeout=5).json()
+        status: dict[str, Any] = LOOK.get(f"{base}/status").json()
         return status
     except (httpx.HTTPError, ValueError):
         return {}

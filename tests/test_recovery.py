@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import RunningCell
 
-pytestmark = [pytest.mark.cell, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cell, pytest.mark.timeout(2100)]
 
 
 def test_killed_processes_come_back_and_no_acknowledged_sample_is_lost(
@@ -31,7 +31,7 @@ def test_killed_processes_come_back_and_no_acknowledged_sample_is_lost(
         ],
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=2000,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(table.read_text())

@@ -1,0 +1,99 @@
+"""A million disks that a loss of power may leave behind, and what a reader and recovery find there.
+
+    .venv/bin/python experiments/crash_states.py --states 1000000 --folder crash_states
+
+Random lives of a journal (commits, publications, returns, restarts) run on a model of a disk that
+forgets what was not synced (`tests/model_disk.py`). Every distinct disk is checked: a stock load of
+the public directory gives exactly one committed generation, recovery gives the newest durable one.
+The folder keeps what was checked: the same command goes on where it was cut. Ends with an error,
+and the number of the life, at the first disk where something is wrong.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.crashes import Story, Workload, first_disk, random_life, run_life
+
+DIGEST_BYTES = 12
+PER_WINDOW = 600
+NUM_NESTED = 6
+
+
+def check_life(number: int) -> tuple[int, set[bytes]]:
+    """Every crash of one life, by its number: even ones can exchange directories."""
+    can_exchange = number % 2 == 0
+    start = first_disk(can_exchange=can_exchange).image
+    life = Workload(f"life {number}", start, Story(), random_life(number), can_exchange)
+    return number, run_life(life, PER_WINDOW, NUM_NESTED, number)
+
+
+class Progress:
+    """Which lives were checked, and the digests of all disks so far; on disk after each life."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lives, self._digests = folder / "lives.jsonl", folder / "digests.bin"
+        self.lives: set[int] = set()
+        if self._lives.exists():
+            self.lives = {json.loads(line)["life"] for line in self._lives.open()}
+        data = self._digests.read_bytes() if self._digests.exists() else b""
+        whole = len(data) - len(data) % DIGEST_BYTES
+        self.seen = {data[at : at + DIGEST_BYTES] for at in range(0, whole, DIGEST_BYTES)}
+
+    def add(self, life: int, digests: set[bytes]) -> None:
+        new = digests - self.seen
+        with self._digests.open("ab") as file:
+            file.write(b"".join(sorted(new)))
+        with self._lives.open("a") as file:
+            file.write(json.dumps({"life": life, "disks": len(digests), "new": len(new)}) + "\n")
+        self.lives.add(life)
+        self.seen |= new
+
+
+def numbers(progress: Progress, first: int, wanted: int) -> Iterator[int]:
+    """Lives that were not checked yet, until there are enough disks."""
+    number = first
+    while len(progress.seen) < wanted:
+        if number not in progress.lives:
+            yield number
+        number += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--states", type=int, default=1_000_000, help="distinct disks to check")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first life")
+    parser.add_argument("--folder", type=Path, default=Path("crash_states"), help="of the progress")
+    arguments = parser.parse_args()
+    progress, begun = Progress(arguments.folder), time.monotonic()
+    workers = os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        lives = numbers(progress, arguments.seed, arguments.states)
+        running = {pool.submit(check_life, number) for number in islice(lives, 2 * workers)}
+        while running:
+            done = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            running.remove(done)
+            life, digests = done.result()
+            progress.add(life, digests)
+            if (number := next(lives, None)) is not None:
+                running.add(pool.submit(check_life, number))
+            if len(progress.lives) % 20 == 0 or not running:
+                print(
+                    f"{len(progress.lives):5} lives, {len(progress.seen):9,} distinct disks, "
+                    f"{time.monotonic() - begun:7.0f} s, none wrong",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
