@@ -1,4 +1,4 @@
-"""The `reverie` command: `up` (run a cell in the foreground), `demo`, `status`, `keys`.
+"""The `reverie` command: `up` (run a cell in the foreground), `demo`, `history`, `status`, `keys`.
 
 reverie up --model smollm2-135m --port 8000 --set trainer.rank=128
 """
@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final
@@ -249,17 +250,49 @@ def demo(
 @cli.command()
 def status(port: Port = 8000) -> None:
     """The state of a running cell, as JSON."""
+    print(json.dumps(_ask(port, "GET", "/status"), indent=2))
+
+
+@cli.command()
+def history(port: Port = 8000) -> None:
+    """The generations that a running cell can return to, newest first."""
+    print("generation  version  kind      public    MiB  committed")
+    for each in _ask(port, "GET", "/checkpoints")["data"]:
+        when = datetime.fromtimestamp(each["created"]).isoformat(" ", "seconds")
+        to = "" if each["returns_to"] is None else f"  returns to {each['returns_to']}"
+        public = "public" if each["is_public"] else ""
+        print(
+            f"{each['generation']:10}  {each['weights_version']:7}  {each['kind']:8}  {public:6}  "
+            f"{each['size_bytes'] / MIB:5.1f}  {when}{to}"
+        )
+
+
+@cli.command()
+def rollback(
+    generation: Annotated[int, typer.Argument(help="One of 'reverie history'.")], port: Port = 8000
+) -> None:
+    """Make the weights of an earlier generation live again, in a running cell."""
+    made = _ask(port, "POST", "/rollback", {"generation": generation})
+    print(f"generation {made['generation']} has the weights of {generation} and is live and public")
+
+
+def _ask(port: int, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
+    """The JSON answer of a running cell; raises SettingsError with its words, or without one."""
     import httpx
 
     key = os.environ.get("REVERIE_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    timeout_s = 10 if method == "GET" else STOP_TIMEOUT_S
     try:
-        answer = httpx.get(f"http://127.0.0.1:{port}/status", headers=headers, timeout=10)
+        url = f"http://127.0.0.1:{port}{route}"
+        answer = httpx.request(method, url, headers=headers, json=body, timeout=timeout_s)
     except httpx.HTTPError:
         raise SettingsError(
             f"port={port}: no server answers; start one with 'make serve'"
         ) from None
-    print(json.dumps(answer.json(), indent=2))
+    if answer.is_error and route != "/status":
+        raise SettingsError(answer.json()["error"]["message"])
+    return answer.json()
 
 
 @keys_cli.command("add")

