@@ -4,6 +4,7 @@ After every crash: a stock load of the public directory gives exactly one commit
 recovery gives the newest durable one, with its optimizer, and sets nothing aside.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -12,6 +13,8 @@ from apollo.journal.chain import read_newest
 from apollo.journal.disk import Disk
 from apollo.journal.journal import Journal
 from apollo.journal.recovery import NothingToRecover, open_journal
+from apollo.journal.retention import DAY_S, Retention, thin
+from apollo.journal.segment import SegmentDamaged
 from apollo.weights import manifest
 from tests.model_disk import Crash, Image, ModelDisk, crashes, whole_image
 from tests.small_model import (
@@ -28,6 +31,8 @@ from tests.small_model import (
 )
 
 FOLDER = f"state/{NAME}/journal"
+FAR_S = 400 * DAY_S
+"""So long after a life all of its generations count as old."""
 
 
 class Violation(Exception):
@@ -77,6 +82,9 @@ class Teller:
     def publish(self) -> None:
         self.journal.publish()
 
+    def thin(self, max_age_s: float | None = None) -> None:
+        thin(self.journal, time.time() + FAR_S, Retention(max_age_s=max_age_s))
+
     def _begin(self, number: int, state: State, optimizer: bytes | None) -> None:
         self.story.states[number] = state
         self.story.optimizers[number] = optimizer
@@ -100,6 +108,7 @@ def long_life(disk: ModelDisk, story: Story) -> None:
     teller.roll_back(1)
     teller.publish()
     teller.commit()
+    teller.thin()
     teller.commit()
     open_(disk)  # A restart: what was not public becomes public.
 
@@ -111,14 +120,16 @@ def random_life(seed: int) -> Callable[[ModelDisk, Story], None]:
         random = Random(seed)
         teller = Teller(disk, story)
         for _ in range(7):
-            newest = teller.journal.newest.generation
-            match random.choice(("commit", "commit", "publish", "roll back", "restart")):
+            older = teller.journal.chain.generations[:-1]
+            match random.choice(("commit", "commit", "publish", "roll back", "thin", "restart")):
                 case "commit":
                     teller.commit(with_optimizer=random.random() < 0.7)
                 case "publish":
                     teller.publish()
-                case "roll back" if newest:
-                    teller.roll_back(random.randrange(newest))
+                case "roll back" if older:
+                    teller.roll_back(random.choice(older).generation)
+                case "thin":
+                    teller.thin(random.choice((None, FAR_S / 2)))
                 case "restart":
                     teller = Teller(disk, story)
 
@@ -160,6 +171,11 @@ def check(crash: Crash, story: Story, *, can_exchange: bool = True) -> ModelDisk
     expected = story.optimizers[newest.generation]
     if newest.kind != "base" and opened.journal.optimizer(newest) != expected:
         raise Violation(f"generation {newest.generation} came back without its optimizer")
+    for each in opened.journal.chain.generations:
+        try:
+            opened.journal.check_segment(each)
+        except SegmentDamaged as error:
+            raise Violation(f"a crash alone damaged a segment: {error}") from None
     return disk
 
 

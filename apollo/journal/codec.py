@@ -7,8 +7,9 @@
          most changed: zigzag of all steps
       -> split into byte planes, each a zstd frame
 
-A delta is added to go forward and subtracted to go back; neither can fail, and both are exact. The
-order and the hashes of chunks are the segment's business.
+A delta is added to go forward and subtracted to go back; neither can fail, and both are exact. So
+deltas add up to one without the weights, see `compose`. The order and the hashes of chunks are the
+segment's business.
 
     record = mode u8 | bytes of a word u8 | count u32 | (stored bytes u32 | plane) ...
              mode 0: 3 planes of gaps, the signs, one plane per byte of a magnitude
@@ -19,7 +20,7 @@ order and the hashes of chunks are the segment's business.
 import struct
 import sys
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,18 +54,23 @@ def encode(old: Words, new: Words) -> bytes:
     assert old.dtype == new.dtype and old.shape == new.shape and 0 < old.size <= MAX_WORDS
     changed = np.flatnonzero(old != new)
     if len(changed) > DENSE_SHARE * len(old):
-        planes = _planes(_zigzag(_ordered(new) - _ordered(old)), old.itemsize)
-        return _pack(_DENSE, old.itemsize, len(old), planes)
-    steps = _ordered(new[changed]) - _ordered(old[changed])
-    is_down = steps.view(_SIGNED[old.dtype]) < 0
-    magnitudes = np.where(is_down, -steps, steps) - steps.dtype.type(1)
-    gaps = np.diff(changed, prepend=-1).astype(np.uint32) - np.uint32(1)
-    planes = [
-        *_planes(gaps, _GAP_PLANES),
-        np.packbits(is_down).tobytes(),
-        *_planes(magnitudes, old.itemsize),
-    ]
-    return _pack(_SPARSE, old.itemsize, len(changed), planes)
+        return _dense(_ordered(new) - _ordered(old))
+    return _sparse(changed, _ordered(new[changed]) - _ordered(old[changed]))
+
+
+def compose(deltas: Iterable[bytes], num_words: int, word_bytes: int) -> bytes:
+    """The one delta that does what all of these do, one after the other, to so many words.
+
+    Needs no weights: steps add up modulo 2**bits. Raises CorruptDelta.
+    """
+    steps = np.zeros(num_words, f"u{word_bytes}")
+    for delta in deltas:
+        where, some = _steps(delta, num_words, steps.dtype)
+        steps[where] += some
+    changed = np.flatnonzero(steps)
+    if len(changed) > DENSE_SHARE * num_words:
+        return _dense(steps)
+    return _sparse(changed, steps[changed])
 
 
 def apply(old: Words, delta: bytes, *, is_backward: bool = False) -> Words:
@@ -72,27 +78,56 @@ def apply(old: Words, delta: bytes, *, is_backward: bool = False) -> Words:
 
     Raises CorruptDelta. Takes memory in proportion to `old`, whatever the bytes say.
     """
+    where, steps = _steps(delta, len(old), old.dtype)
+    moved = _unordered(_moved(_ordered(old[where]), steps, is_backward))
+    if isinstance(where, slice):
+        return moved
+    new = old.copy()
+    new[where] = moved
+    return new
+
+
+def _dense(steps: Words) -> bytes:
+    """The record of every word's step."""
+    planes = _planes(_zigzag(steps), steps.itemsize)
+    return _pack(_DENSE, steps.itemsize, len(steps), planes)
+
+
+def _sparse(changed: NDArray[np.intp], steps: Words) -> bytes:
+    """The record of the steps, none of them zero, of the words at the positions `changed`."""
+    is_down = steps.view(_SIGNED[steps.dtype]) < 0
+    magnitudes = np.where(is_down, -steps, steps) - steps.dtype.type(1)
+    gaps = np.diff(changed, prepend=-1).astype(np.uint32) - np.uint32(1)
+    planes = [
+        *_planes(gaps, _GAP_PLANES),
+        np.packbits(is_down).tobytes(),
+        *_planes(magnitudes, steps.itemsize),
+    ]
+    return _pack(_SPARSE, steps.itemsize, len(changed), planes)
+
+
+def _steps(
+    delta: bytes, num_words: int, dtype: np.dtype[Any]
+) -> tuple[NDArray[np.int64] | slice, Words]:
+    """Which of so many words a delta moves, no word twice, and each one's step."""
     reader = _Reader(delta)
     mode, itemsize, count = reader.header()
-    if itemsize != old.itemsize or count > len(old):
-        raise CorruptDelta(f"{count} words of {itemsize} bytes do not fit {len(old)} {old.dtype}")
-    if mode == _DENSE and count == len(old):
-        steps = _unzigzag(_joined(reader.planes(itemsize, count), old.dtype))
+    if itemsize != dtype.itemsize or count > num_words:
+        raise CorruptDelta(f"{count} words of {itemsize} bytes do not fit {num_words} {dtype}")
+    if mode == _DENSE and count == num_words:
+        steps = _unzigzag(_joined(reader.planes(itemsize, count), dtype))
         reader.end()
-        return _unordered(_moved(_ordered(old), steps, is_backward))
+        return slice(None), steps
     if mode != _SPARSE:
-        raise CorruptDelta(f"a delta of mode {mode} with {count} steps for {len(old)} words")
+        raise CorruptDelta(f"a delta of mode {mode} with {count} steps for {num_words} words")
     gaps = _joined(reader.planes(_GAP_PLANES, count), np.dtype(np.uint32))
     is_down = np.unpackbits(reader.plane(-(-count // 8)), count=count).astype(bool)
-    steps = _joined(reader.planes(itemsize, count), old.dtype) + old.dtype.type(1)
+    steps = _joined(reader.planes(itemsize, count), dtype) + dtype.type(1)
     reader.end()
     positions = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    if count and positions[-1] >= len(old):
-        raise CorruptDelta(f"position {positions[-1]} of {len(old)} words")
-    new = old.copy()
-    moved = _moved(_ordered(old[positions]), np.where(is_down, -steps, steps), is_backward)
-    new[positions] = _unordered(moved)
-    return new
+    if count and positions[-1] >= num_words:
+        raise CorruptDelta(f"position {positions[-1]} of {num_words} words")
+    return positions, np.where(is_down, -steps, steps)
 
 
 def _ordered(words: Words) -> Words:

@@ -209,8 +209,12 @@ class Journal:
         return data if _has_hash(data, stored.hash) else None
 
     def replace_chain(self, generations: tuple[Generation, ...]) -> None:
-        """Write the next manifest, then remove the files that it does not name."""
-        self._set_durably(self._chain.next(generations))
+        """Write the next manifest, then remove the files that it does not name.
+
+        It is written twice, so that the manifest that is kept beside it needs none of them either.
+        """
+        for _ in range(chains.KEPT_MANIFESTS):
+            self._set_durably(self._chain.next(generations))
         self.remove_unnamed()
 
     def remove_unnamed(self) -> None:
