@@ -313,6 +313,14 @@ class Ingress:
         views = await self._ask("checkpoint", "history")
         return JSONResponse({"data": [as_json(view) for view in views]})
 
+    @app.post("/checkpoints/verify")
+    async def verify(self, request: Request) -> JSONResponse:
+        """Read all that is kept and compare every hash."""
+        with self._slots.one():
+            self._allow(request, "teach")
+            limit = self._settings.cell.checkpoint_timeout_s
+            return JSONResponse(as_json(await self._ask("checkpoint", "verify", timeout_s=limit)))
+
     @app.post("/rollback", openapi_extra=_body_of(RollbackRequest))
     async def rollback(self, request: Request) -> JSONResponse:
         """Make the weights of an earlier generation live again, as a new generation."""

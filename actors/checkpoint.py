@@ -31,6 +31,7 @@ from actors.messages import (
     Hold,
     Return,
     RollbackRequest,
+    Verification,
 )
 from actors.settings import Settings
 from actors.versions import VersionCounter
@@ -146,6 +147,16 @@ class Checkpointer:
         kept = self._journal.chain.generations
         return [_view(each, public) for each in reversed(kept)]
 
+    @ray.method
+    def verify(self) -> Verification:
+        """Read all that is kept and compare every hash; takes the time of reading it."""
+        from apollo.journal.scrub import scrub
+
+        with self._lock, self._translated():
+            found = scrub(self._journal)
+        copies = tuple(f"{each.directory}: {each.tensor}" for each in found.copies)
+        return Verification(found.files, copies, found.lost, found.bytes_read)
+
     # Keeping, by the clock.
 
     def _keep(self) -> None:
@@ -201,8 +212,13 @@ class Checkpointer:
         return self._last
 
     def _publish(self) -> None:
+        from apollo.journal.retention import Retention, thin
+
         self._journal.publish()
         self._published_at = time.monotonic()
+        keep = self._settings.journal
+        ages = Retention(keep.keep_all_s, keep.keep_hourly_s, keep.max_age_s)
+        thin(self._journal, time.time(), ages)
 
     def _tell(self, made: "Generation", begun: float, stall: float) -> Checkpoint:
         return Checkpoint(

@@ -276,6 +276,19 @@ def rollback(
     print(f"generation {made['generation']} has the weights of {generation} and is live and public")
 
 
+@cli.command()
+def verify(port: Port = 8000) -> None:
+    """Let a running cell read all that it keeps, and compare every hash."""
+    found = _ask(port, "POST", "/checkpoints/verify")
+    damaged = found["damaged_files"] + found["damaged_copies"]
+    for each in damaged:
+        print(f"damaged: {each}")
+    if damaged or found["lost_generations"]:
+        lost = ", ".join(map(str, found["lost_generations"])) or "none"
+        raise SettingsError(f"{len(damaged)} damaged; generations lost: {lost}")
+    print(f"{found['bytes_read'] / MIB:.0f} MiB read, every hash is as it was written")
+
+
 def _ask(port: int, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
     """The JSON answer of a running cell; raises SettingsError with its words, or without one."""
     import httpx

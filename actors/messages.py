@@ -297,13 +297,11 @@ class Hold:
 
 @dataclass(frozen=True)
 class Return:
-    """A generation was made that returns to an earlier one, and it is public: produced by the
-    checkpoint actor, consumed by the trainer, which takes over its weights."""
+    """A return is public: produced by the checkpoint actor, its weights taken by the trainer."""
 
     token: str
     """Of the hold under which it is made."""
     weights_version: int
-    """Of the generation that was made."""
 
 
 @dataclass(frozen=True)
@@ -349,11 +347,22 @@ class GenerationView:
     created: float
     size_bytes: int
     is_public: bool
-    has_optimizer: bool
-    """Whether a return to it goes on with its optimizer's moments."""
+    has_optimizer: bool  # Whether a return to it goes on with its optimizer's moments.
     returns_to: int | None
     root: str
     """Equal for equal weights."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a full check of all that is kept has found: produced by the checkpoint actor."""
+
+    damaged_files: tuple[str, ...]
+    damaged_copies: tuple[str, ...]
+    """Directory and tensor; another copy may give the values all the same."""
+    lost_generations: tuple[int, ...]
+    """Those that cannot be returned to any more."""
+    bytes_read: int
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,12 @@ class JournalSettings(_Group):
     """Time of learning after which what was learned is committed to the journal by itself."""
     publish_every_s: float = Field(default=3600, ge=1)
     """Time after which the newest generation is published by itself."""
+    keep_all_s: float = Field(default=24 * 3600, ge=0)
+    """Age up to which every generation is kept."""
+    keep_hourly_s: float = Field(default=7 * 24 * 3600, ge=0)
+    """Age up to which the newest generation of each hour is kept; then that of each day."""
+    max_age_s: float | None = Field(default=None, ge=0)
+    """Age beyond which no generation is kept but the newest and the public one; None keeps them."""
     threads: int = Field(default=2, ge=1)
     """Threads that copy the weights while the trainer waits."""
 

@@ -214,10 +214,11 @@ def test_trap_a_stock_cache_grows_with_every_suffix() -> None:
     assert torch.equal(twice[1][0], twice[1][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_model_that_computes_something_else_after_a_prefix_is_refused_by_kind_of_layer(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    module = make_model("qwen3.5-hybrid")
+    module = make_model("qwen3.5-hybrid").to(dtype)
     check_prefix(module)
     monkeypatch.setattr(forward, "read_prefix", lambda *_: None)  # The context is lost.
     with pytest.raises(UnfaithfulPrefix, match="full_attention, linear_attention.*can be served"):

@@ -275,6 +275,9 @@ def test_a_commit_is_durable_before_it_is_public_and_a_return_is_served_at_once(
         "rollback",
         "public",
     ]
+    found = post("/checkpoints/verify", {})
+    assert found["bytes_read"] > 1e9
+    assert not (found["damaged_files"] or found["damaged_copies"] or found["lost_generations"])
     undone = cell.get(f"/train/jobs/{job['job_id']}")
     assert undone["status"] == "cancelled" and "undone by a return" in undone["error"]
     status = cell.get("/status")

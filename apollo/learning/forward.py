@@ -30,6 +30,9 @@ CHECK_READ_TOKENS = 25
 """So that the context of that check is read in two parts."""
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest difference of a log-probability in the start-up check."""
+LOST_SHARE = 0.1
+"""In bfloat16, where two right ways of computing differ by some tenths: or this share of what the
+loss of the context would change."""
 
 
 class UnfaithfulPrefix(ArithmeticError):
@@ -124,7 +127,13 @@ def check_prefix(module: "PreTrainedModel") -> None:
         finding = f"log-probabilities differ by {difference:.3g} from the full forward pass"
     except RuntimeError as error:
         difference, finding = math.inf, str(error)
-    if not difference <= TOLERANCES[module.dtype]:
+    tolerance = TOLERANCES[module.dtype]
+    if difference > tolerance and module.dtype == torch.bfloat16:
+        alone = Reader(module, (), 0, num_continuation, CHECK_READ_TOKENS).logprobs(continuation)
+        num_predicted = len(alone)  # Nothing predicts the first token of all.
+        lost = (alone.detach() - expected[-num_predicted:]).abs().max().item()
+        tolerance = max(tolerance, LOST_SHARE * lost)
+    if not difference <= tolerance:
         config = module.config.get_text_config()
         kinds = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
         raise UnfaithfulPrefix(
