@@ -1,0 +1,213 @@
+"""The checkpoint actor over a small model and a scripted trainer: its clock, and its failures."""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors import checkpoint
+from actors.checkpoint import Checkpointer
+from actors.errors import CheckpointFailed, NotFound, Unavailable
+from actors.messages import CellPaths, CheckpointRequest, Hold, Return, RollbackRequest
+from actors.settings import JournalSettings, Settings
+from actors.versions import VersionCounter
+from apollo.journal.disk import DiskFull, RealDisk
+from apollo.journal.recovery import open_journal
+from tests.small_model import NAME, State, first_state, is_same, learned, load_public, put_model
+
+KINDS = {2: np.float16, 4: np.float32}
+
+
+class ScriptedTrainer:
+    """Answers as the trainer would, and learns when it is told to."""
+
+    def __init__(self, paths: CellPaths) -> None:
+        self.state = first_state()
+        self.versions = VersionCounter(paths.versions, is_writable=True)
+        self.tensors = {
+            name: torch.from_numpy(words.view(KINDS[words.itemsize]).copy())
+            for name, words in self.state.items()
+        }
+        self.waits_for: list[str | None] = []
+        self.restored: list[Return] = []
+        self.is_gone = False
+        self.held = 0
+
+    def learn(self) -> None:
+        version = self.versions.weights_version + 1
+        self.state = learned(self.state, version)
+        for name, words in self.state.items():
+            self.tensors[name].numpy()[:] = words.view(KINDS[words.itemsize])
+        self.versions.weights_version = version
+
+    def _hold(self, with_optimizer: bool) -> Hold:
+        if self.is_gone:
+            raise Unavailable("the trainer went away")
+        self.held += 1
+        version = self.versions.weights_version
+        return Hold("token", version, version + 1)
+
+    def _release(self, token: str) -> bool:
+        self.held -= 1
+        return True
+
+    def _wait(self, why: str | None) -> None:
+        self.waits_for.append(why)
+
+    def _restore(self, made: Return) -> None:
+        if self.is_gone:
+            raise Unavailable("the trainer went away")
+        self.restored.append(made)
+        self.versions.weights_version = made.weights_version
+
+    def __getattr__(self, name: str) -> Any:
+        methods: dict[str, Callable[..., Any]] = {
+            "hold": self._hold,
+            "release": self._release,
+            "wait_for_room": self._wait,
+            "restore": self._restore,
+        }
+        if name not in methods:
+            raise AttributeError(name)
+        return SimpleNamespace(remote=methods[name])
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    put_model(RealDisk(tmp_path), first_state())
+    return tmp_path
+
+
+@pytest.fixture
+def made(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A checkpointer that was started, without its clock."""
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(checkpoint, "KEEPING_INTERVAL_S", 0.01)
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.01)
+    paths = CellPaths(str(home / "models" / NAME), str(home), "")
+    VersionCounter.create(paths.versions)
+    trainer: Any = ScriptedTrainer(paths)
+    settings = Settings(home=home, journal=JournalSettings(commit_every_s=1, publish_every_s=2))
+    actor = Checkpointer(settings, paths, trainer)
+    actor._tensors = trainer.tensors
+    actor._journal = open_journal(RealDisk(home), NAME).journal
+    yield SimpleNamespace(actor=actor, trainer=trainer, disk=RealDisk(home))
+    actor._reason = "the test is over"
+
+
+def commit(made: Any, *, publish: bool = True) -> Any:
+    return made.actor.commit(CheckpointRequest(publish=publish))
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def newest(made: Any) -> State:
+    """What a restart would begin with."""
+    open_journal(made.disk, NAME)
+    return load_public(made.disk)
+
+
+def test_what_is_learned_is_kept_and_published_by_the_clock(made: Any) -> None:
+    made.trainer.learn()
+    threading.Thread(target=made.actor._keep, daemon=True).start()
+    wait_for(lambda: made.actor.report().generation == 1)
+    wait_for(lambda: made.actor.report().public_generation == 1)
+    assert is_same(load_public(made.disk), made.trainer.state)
+    time.sleep(1.2)
+    assert made.actor.report().generation == 1, "nothing was learned since"
+    made.trainer.learn()
+    wait_for(lambda: made.actor.report().generation == 2)
+    assert made.trainer.held == 0
+
+
+def test_a_full_disk_lets_the_trainer_wait_until_there_is_room(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise DiskFull("cannot write: no space left on device")
+
+    made.trainer.learn()
+    with monkeypatch.context() as patch:
+        patch.setattr(RealDisk, "write", full)
+        with pytest.raises(CheckpointFailed, match=r"no space left.*free some space"):
+            commit(made)
+        threading.Thread(target=made.actor._keep, daemon=True).start()
+        wait_for(lambda: bool(made.trainer.waits_for))
+        assert "no space left" in made.trainer.waits_for[0]
+        assert "no space left" in made.actor.report().paused
+        assert made.actor.report().reason is None and made.trainer.held == 0
+    wait_for(lambda: made.trainer.waits_for[-1] is None)
+    assert made.actor.report().paused is None and made.actor.report().generation == 1
+    assert is_same(newest(made), made.trainer.state)
+
+
+def test_a_failed_sync_ends_the_cell_and_what_was_durable_comes_back(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.trainer.learn()
+    commit(made, publish=False)
+    before = made.trainer.state
+    made.trainer.learn()
+
+    def fail(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(CheckpointFailed, match=r"Input/output error; the cell restarts"):
+            commit(made)
+    assert "the disk failed" in made.actor.report().reason
+    assert is_same(newest(made), before)
+
+
+def test_a_trainer_that_went_away_keeps_nothing(made: Any) -> None:
+    made.trainer.learn()
+    made.trainer.is_gone = True
+    with pytest.raises(Unavailable):
+        commit(made)
+    assert made.actor.report().generation == 0
+
+
+def test_a_return_is_made_public_before_the_trainer_takes_it_over(made: Any) -> None:
+    for _ in range(2):
+        made.trainer.learn()
+        commit(made, publish=False)
+    state = learned(first_state(), 1)
+    back = made.actor.roll_back(RollbackRequest(generation=1))
+    assert (back.generation, back.weights_version) == (3, 3)
+    assert made.trainer.restored == [Return("token", 3)] and made.trainer.held == 0
+    assert is_same(load_public(made.disk), state)
+    assert [each.returns_to for each in made.actor.history()] == [1, None, None, None]
+    with pytest.raises(NotFound, match="generation 9 is not kept"):
+        made.actor.roll_back(RollbackRequest(generation=9))
+    assert made.actor.report().reason is None
+
+
+def test_a_return_that_is_cut_short_is_finished_by_a_restart(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.trainer.learn()
+    commit(made)
+
+    def gone(restored: Return) -> None:
+        raise Unavailable("the trainer went away")
+
+    monkeypatch.setattr(made.trainer, "_restore", gone)
+    with pytest.raises(Unavailable):
+        made.actor.roll_back(RollbackRequest(generation=0))
+    assert made.actor.report().reason == "the return to generation 0 was cut short"
+    assert is_same(newest(made), first_state())
