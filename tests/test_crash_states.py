@@ -16,7 +16,7 @@ import pytest
 from tests.crashes import Story, Violation, Workload, check, run_life, whole_lives
 from tests.model_disk import Crash, Mark, ModelDisk, Names, Operation, Sync, crashes
 
-NUM_RANDOM_LIVES = 34
+NUM_RANDOM_LIVES = 36
 PER_WINDOW = 450
 NUM_NESTED = 4
 WANTED_STATES = 100_000

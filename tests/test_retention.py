@@ -288,6 +288,19 @@ def test_a_damaged_segment_is_not_merged_and_those_beside_it_are(disk: RealDisk)
     check_all(journal, states, [4])
 
 
+def test_nothing_is_merged_onto_a_table_that_is_damaged(disk: RealDisk) -> None:
+    _, states = taught(disk, 5, 5)
+    where = disk.path(f"{FOLDER}/base-00000000.rvj")
+    data = bytearray(where.read_bytes())
+    data[20] ^= 1  # Within the table: a base has nothing before it.
+    where.write_bytes(data)
+    journal = open_journal(disk, NAME, chunk_words=CHUNK_WORDS).journal
+    found = thin_late(journal)
+    assert found.dropped == () and "base-00000000.rvj" in found.damaged[0]
+    assert thin_late(journal, FAR_S / 2) == Thinned((0, 1, 2, 3))
+    check_all(journal, states, [4, 5])
+
+
 def test_the_manifest_that_is_kept_beside_it_is_thinned_too(disk: RealDisk) -> None:
     """If the newest is damaged later, the one before must not name files that are gone."""
     journal, states = taught(disk, 6, 6)

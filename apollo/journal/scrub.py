@@ -5,7 +5,8 @@
                  a good copy, through all generations, back and forth --hashes--> lost ones
 
 Only reads; what the disk itself cannot read counts as damaged. A damaged delta or copy loses
-generations only if no other way leads to them, so the two are told apart.
+generations only if no other way leads to them, so the two are told apart. A hidden directory may
+be called damaged when a publication into it was interrupted; the next one writes it anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ class Scrub:
 
 
 def scrub(journal: Journal, progress: Callable[[str], None] = lambda note: None) -> Scrub:
-    """Check everything; takes as long as to read all files, and the deltas of them twice.
+    """Check everything, while nothing is committed or published; reads all files, deltas twice.
 
     `progress` is told of each segment, and of each chunk of the weights.
     """
