@@ -14,6 +14,7 @@ from apollo.journal.disk import DiskFailed, NotAPlainFile, RealDisk, lease
 from apollo.journal.image import ImageError
 from apollo.journal.journal import Journal, UnknownGeneration
 from apollo.journal.recovery import Recovered, open_journal
+from apollo.journal.segment import SegmentDamaged
 from apollo.journal.values import WeightsDamaged
 from apollo.weights import manifest
 from tests.small_model import (
@@ -176,6 +177,38 @@ def test_a_damaged_slot_is_rebuilt_from_the_other(disk: RealDisk, slot: str) -> 
     states.append(learned(states[-1], 2))
     journal.commit(states[-1], 20)
     journal.publish()
+    assert is_same(load_public(disk), states[-1])
+
+
+def test_where_a_segment_is_missing_the_other_slot_gives_what_is_before_it(disk: RealDisk) -> None:
+    journal = opened(disk).journal
+    states = taught(journal, 1)
+    journal.publish()
+    for number in (2, 3, 4):
+        states.append(learned(states[-1], number))
+        journal.commit(states[-1], number * 10)
+    journal.publish()
+    journal.commit(learned(states[-1], 5), 50)
+    disk.path(f"{FOLDER}/00000002-00000003.rvj").unlink()
+    for generation in (0, 1, 2, 4):
+        assert is_same(values(journal, generation), states[generation])
+    with pytest.raises(SegmentDamaged, match="00000002-00000003.rvj is missing"):
+        journal.words(0, 3)
+
+
+def test_a_bad_sector_of_one_slot_is_read_around(disk: RealDisk) -> None:
+    class BadSector(RealDisk):
+        def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+            if path == f"{PUBLIC}/b.safetensors" and offset:  # Not the header.
+                raise DiskFailed(f"cannot read {path}: Input/output error")
+            return super().read(path, offset, size)
+
+    journal = opened(disk).journal
+    states = taught(journal, 1)
+    journal.publish()
+    states.append(learned(states[-1], 2))
+    journal.commit(states[-1], 20)
+    assert opened(BadSector(disk.path("models").parent)).published == 2
     assert is_same(load_public(disk), states[-1])
 
 

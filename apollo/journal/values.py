@@ -10,13 +10,17 @@ gives every generation.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from apollo.journal import codec
 from apollo.journal.chain import Chain
 from apollo.journal.codec import CorruptDelta, Words
-from apollo.journal.disk import Disk
+from apollo.journal.disk import Disk, DiskFailed
 from apollo.journal.image import Image, ImageError, digest
-from apollo.journal.segment import Segment
+from apollo.journal.segment import Segment, SegmentDamaged
+
+_UNREADABLE: Final = (FileNotFoundError, ImageError, DiskFailed)
+"""A bad sector of one slot is no reason not to read the other one."""
 
 
 class WeightsDamaged(Exception):
@@ -65,7 +69,7 @@ class Values:
             try:
                 words = self._image.read(self._disk, slot.directory, place)
                 words = self._moved(words, chunk, slot.generation, generation)
-            except (FileNotFoundError, ImageError, CorruptDelta):
+            except (*_UNREADABLE, CorruptDelta, SegmentDamaged):
                 continue
             if _has_hash(words, expected):
                 return words
@@ -85,7 +89,7 @@ class Values:
                 return False
             try:
                 table = self._image.table(self._disk, slot.directory)
-            except (FileNotFoundError, ImageError):
+            except _UNREADABLE:
                 return False
             return table == self.table(slot.generation)
         return False
