@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from apollo.journal import codec
+from apollo.journal import codec, retention
 from apollo.journal.chain import Generation, StoredFile
 from apollo.journal.codec import Words
 from apollo.journal.disk import DiskFull, RealDisk
 from apollo.journal.journal import Journal, UnknownGeneration
 from apollo.journal.recovery import open_journal
 from apollo.journal.retention import DAY_S, HOUR_S, Retention, Thinned, kept, thin
-from tests.crashes import FAR_S, FOLDER, Story, Teller, first_disk
-from tests.model_disk import ModelDisk, whole_image
+from apollo.journal.values import WeightsDamaged
+from tests.crashes import FAR_S, FOLDER, Story, Teller, Violation, check, first_disk, long_life
+from tests.model_disk import ModelDisk, crashes, whole_image
 from tests.small_model import CHUNK_WORDS, NAME, State, first_state, is_same, learned, put_model
 
 NOW = 1000 * DAY_S
@@ -348,3 +349,31 @@ def test_a_full_disk_changes_nothing() -> None:
             thin_late(journal)
             check_all(journal, teller.story.states, [0, 4, 5])
     assert room > 5
+
+
+def remove_first(journal: Journal, generations: tuple[Generation, ...]) -> None:
+    journal._set(journal.chain.next(generations))
+    journal.remove_unnamed()
+    journal._set_durably(journal.chain)
+
+
+WRONG = {
+    "old files go before the manifest": (Journal, "replace_chain", remove_first),
+    "only the last delta of a way is taken": (
+        codec,
+        "compose",
+        lambda deltas, *_: list(deltas)[-1],
+    ),
+    "what the directories hold may go": (retention, "_needed", lambda journal: set()),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_thinning_is_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is checked after each crash, see `crashes.check`."""
+    monkeypatch.setattr(*WRONG[wrong])
+    disk, story = first_disk(), Story()
+    with pytest.raises((Violation, WeightsDamaged)):
+        long_life(disk, story)
+        for crash in crashes(disk, 20, 0):
+            check(crash, story)
