@@ -9,6 +9,7 @@ The trainer waits while memory is copied, and during a return; the engine never 
 the truth: whatever is cut short is found and finished, or forgotten, when it is opened again.
 """
 
+import logging
 import mmap
 import os
 import threading
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from actors.trainer import Trainer
     from apollo.journal.chain import Generation
     from apollo.journal.journal import Journal
+
+log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S: Final = 30
 KEEPING_INTERVAL_S: Final = 1.0
@@ -218,7 +221,8 @@ class Checkpointer:
         self._published_at = time.monotonic()
         keep = self._settings.journal
         ages = Retention(keep.keep_all_s, keep.keep_hourly_s, keep.max_age_s)
-        thin(self._journal, time.time(), ages)
+        for reason in thin(self._journal, time.time(), ages).damaged:
+            log.warning("old generations stay as they are: %s", reason)
 
     def _tell(self, made: "Generation", begun: float, stall: float) -> Checkpoint:
         return Checkpoint(
