@@ -1,12 +1,11 @@
 """`StepBarrier`: lets others stand between two optimizer steps while the trainer waits.
 
     trainer:    with barrier.step(): ... one step ...        (waits while somebody holds)
-    checkpoint: token = barrier.hold(timeout_s) ... barrier.release(token) -> was it held?
+    checkpoint: barrier.hold(token, timeout_s) ... barrier.release(token) -> was it held?
 
 Holders go before steps: a trainer that steps back to back cannot starve a checkpoint.
 """
 
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ class StepBarrier:
         self._is_stepping = False
         self._num_waiting = 0
         self._token: str | None = None
+        self._given_up: set[str] = set()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -36,18 +36,21 @@ class StepBarrier:
                 self._is_stepping = False
                 self._changed.notify_all()
 
-    def hold(self, timeout_s: float) -> str | None:
-        """Wait for the step in progress and keep the next from starting; None after `timeout_s`."""
+    def hold(self, token: str, timeout_s: float) -> bool:
+        """Wait for the step in progress and keep the next from starting; False after `timeout_s`.
+
+        The caller chooses the token, so that it can release what it has not heard of.
+        """
         with self._changed:
             self._num_waiting += 1
             try:
                 is_free = self._changed.wait_for(
                     lambda: not self._is_stepping and self._token is None, timeout_s
                 )
-                if not is_free:
-                    return None
-                self._token = secrets.token_hex(8)
-                return self._token
+                if not is_free or token in self._given_up:
+                    return False
+                self._token = token
+                return True
             finally:
                 self._num_waiting -= 1
                 self._changed.notify_all()
@@ -58,8 +61,12 @@ class StepBarrier:
             return self._token == token
 
     def release(self, token: str) -> bool:
-        """End a hold; False if it was not in force any more: what was read under it is void."""
+        """End a hold; False if it was not in force any more: what was read under it is void.
+
+        A hold that begins later under this token, because its call was late, is not granted.
+        """
         with self._changed:
+            self._given_up.add(token)
             if self._token != token:
                 return False
             self._token = None

@@ -12,6 +12,7 @@ the truth: whatever is cut short is found and finished, or forgotten, when it is
 import logging
 import mmap
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.calls import in_words
 from actors.errors import CheckpointFailed, NotFound, ReverieError, Unavailable
 from actors.messages import (
     CellPaths,
@@ -49,6 +51,8 @@ log = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S: Final = 30
 KEEPING_INTERVAL_S: Final = 1.0
 RETRY_S: Final = 10.0
+MAX_UNPUBLISHED: Final = 16
+"""Generations after the public one: each makes the next commit a little slower."""
 
 T = TypeVar("T")
 
@@ -67,6 +71,7 @@ class Checkpointer:
         self._lock = threading.Lock()
         self._tensors: dict[str, Any] = {}
         self._journal: Journal
+        self._public = 0
         self._last: Checkpoint | None = None
         self._published_at = time.monotonic()
         self._committed_at = time.monotonic()
@@ -85,6 +90,7 @@ class Checkpointer:
         self._tensors = Mapping(layout, is_writable=False).tensors()
         name = Path(self._paths.model_dir).name
         self._journal = open_journal(RealDisk(self._settings.home), name).journal
+        self._public = self._journal.public.generation
         threading.Thread(target=self._keep, name="keeping", daemon=True).start()
         return self._describe()
 
@@ -94,12 +100,12 @@ class Checkpointer:
         return self._describe()
 
     def _describe(self) -> CheckpointReport:
-        newest, public = self._journal.newest, self._journal.public
+        newest = self._journal.newest
         return CheckpointReport(
             pid=os.getpid(),
             generation=newest.generation,
             weights_version=newest.weights_version,
-            public_generation=public.generation,
+            public_generation=self._public,
             last=self._last,
             paused=self._paused,
             reason=self._reason,
@@ -127,28 +133,36 @@ class Checkpointer:
         from apollo.journal.journal import UnknownGeneration
 
         begun = time.monotonic()
-        with self._lock, self._translated(), self._held(with_optimizer=False) as hold:
+        with self._lock, self._translated():
             try:
-                made = self._journal.roll_back(request.generation, hold.next_version)
+                self._journal.find(request.generation)
             except UnknownGeneration as error:
                 raise NotFound(f"{error}; see GET /checkpoints").about("generation") from None
-            try:
-                self._journal.publish()
-                restoring = self._trainer.restore.remote(Return(hold.token, made.weights_version))
-                self._ask(restoring, self._settings.cell.checkpoint_timeout_s)
-            except BaseException:
-                # It is durable already: a restart finishes it.
-                self._reason = f"the return to generation {request.generation} was cut short"
-                raise
+            self._commit()  # So that there is a way back from this, too.
+            held = time.monotonic()
+            with self._held(with_optimizer=False) as hold:
+                made = self._journal.roll_back(request.generation, hold.next_version)
+                self._finish_return(request.generation, made, hold)
+        return self._tell(made, begun, time.monotonic() - held)
+
+    def _finish_return(self, generation: int, made: "Generation", hold: Hold) -> None:
+        """It is durable already: whatever goes wrong from here on, a restart finishes it."""
+        try:
+            self._journal.publish()
+            restoring = self._trainer.restore.remote(Return(hold.token, made.weights_version))
+            self._ask(restoring, self._settings.cell.checkpoint_timeout_s)
+        except Exception as error:
+            log.warning("a return was cut short: %s", in_words(error))
+            self._reason = f"the return to generation {generation} was cut short"
+            self._refuse_if_ended()
+        self._public = made.generation
         self._published_at = self._committed_at = time.monotonic()
-        return self._tell(made, begun, time.monotonic() - begun)
 
     @ray.method(concurrency_group="control")
     def history(self) -> list[GenerationView]:
         """All generations that can be returned to, newest first."""
-        public = self._journal.public.generation
         kept = self._journal.chain.generations
-        return [_view(each, public) for each in reversed(kept)]
+        return [_view(each, self._public) for each in reversed(kept)]
 
     @ray.method
     def verify(self) -> Verification:
@@ -176,28 +190,33 @@ class Checkpointer:
                 if is_due or self._paused is not None:
                     with self._lock, self._translated():
                         self._commit()
+                    self._pause(None)
                 if now - self._published_at >= journal.publish_every_s:
+                    self._published_at = now  # If it fails, the next try has its time.
                     with self._lock, self._translated():
                         self._publish()
             except CheckpointFailed as error:
-                self._pause(str(error))
+                if is_due or self._paused is not None:
+                    self._pause(str(error))
+                log.warning("%s", error)
             except ReverieError:
                 continue  # The trainer is busy, or gone: the next look may find it.
-            else:
-                self._pause(None)
+            except Exception as error:
+                self._reason = f"keeping ended: {in_words(error)}"
 
     def _pause(self, why: str | None) -> None:
         """Let the trainer wait while nothing can be kept; None lets it go on."""
-        if why != self._paused and self._reason is None:
+        if why != self._paused:
+            with self._translated():
+                self._ask(self._trainer.wait_for_room.remote(why))
             self._paused = why
-            with _suppressed():
-                ray.get(self._trainer.wait_for_room.remote(why), timeout=RELEASE_TIMEOUT_S)
 
     # The work, under the lock.
 
     def _commit(self) -> Checkpoint:
         from apollo.journal.live import Staging
 
+        self._refuse_if_ended()
         begun, newest = time.monotonic(), self._journal.newest
         if self._versions.weights_version == newest.weights_version:
             return self._tell(newest, begun, 0.0)
@@ -212,12 +231,20 @@ class Checkpointer:
             )
         self._committed_at = time.monotonic()
         self._last = self._tell(made, begun, stall)
+        if made.generation - self._public >= MAX_UNPUBLISHED:
+            self._publish()
         return self._last
+
+    def _refuse_if_ended(self) -> None:
+        """Nothing may follow what was cut short: the weights and the journal may not agree."""
+        if self._reason is not None:
+            raise Unavailable(f"{self._reason}; the cell restarts")
 
     def _publish(self) -> None:
         from apollo.journal.retention import Retention, thin
 
-        self._journal.publish()
+        self._refuse_if_ended()
+        self._public = self._journal.publish().generation
         self._published_at = time.monotonic()
         keep = self._settings.journal
         ages = Retention(keep.keep_all_s, keep.keep_hourly_s, keep.max_age_s)
@@ -238,11 +265,13 @@ class Checkpointer:
     def _held(self, *, with_optimizer: bool) -> Iterator[Hold]:
         """The trainer stands between two steps; raises if it moved before the end all the same."""
         limit = self._settings.trainer.step_timeout_s + RELEASE_TIMEOUT_S
-        hold = self._ask(self._trainer.hold.remote(with_optimizer), limit)
+        token, is_intact = secrets.token_hex(8), True
         try:
-            yield hold
+            yield self._ask(self._trainer.hold.remote(token, with_optimizer), limit)
         finally:
-            is_intact = self._ask(self._trainer.release.remote(hold.token))
+            # After a return that was cut short the trainer must not step again before the restart.
+            if self._reason is None:
+                is_intact = self._ask(self._trainer.release.remote(token))
         if not is_intact:
             raise CheckpointFailed("nothing was kept: the trainer moved on meanwhile")
 
@@ -253,10 +282,12 @@ class Checkpointer:
     def _translated(self) -> Iterator[None]:
         """The journal's and Ray's errors as ours; one that leaves the disk unsure ends the cell."""
         from apollo.journal.disk import DiskError, DiskFailed
+        from apollo.journal.image import ImageError
         from apollo.journal.segment import SegmentDamaged
         from apollo.journal.slots import SlotDamaged
         from apollo.journal.values import WeightsDamaged
 
+        damages = (SegmentDamaged, SlotDamaged, WeightsDamaged)
         try:
             yield
         except ReverieError:
@@ -270,9 +301,10 @@ class Checkpointer:
         except DiskFailed as error:
             self._reason = f"the disk failed: {error}"
             raise CheckpointFailed(f"{error}; the cell restarts from what is durable") from None
-        except (DiskError, SegmentDamaged, SlotDamaged, WeightsDamaged) as error:
+        except (DiskError, ImageError, OSError, *damages) as error:
+            words = error.strerror if isinstance(error, OSError) else str(error)
             raise CheckpointFailed(
-                f"{error}; what was kept before is unchanged: free some space or mend the cause, "
+                f"{words}; what was kept before is unchanged: free some space or mend the cause, "
                 "and post it again"
             ) from None
 
@@ -298,18 +330,10 @@ def _bytes_of(path: str | None) -> Iterator[memoryview | None]:
     if path is None:
         yield None
         return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        view = memoryview(mapped)
-        try:
-            yield view
-        finally:
-            view.release()
-            os.unlink(path)
-
-
-@contextmanager
-def _suppressed() -> Iterator[None]:
+    with open(path, "rb") as file:
+        # Not closed by us: the traceback of a full disk still holds views of it.
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     try:
-        yield
-    except RayError:
-        return
+        yield memoryview(mapped)
+    finally:
+        os.unlink(path)

@@ -45,7 +45,7 @@ def _load_optimizer(
     from apollo.journal.image import digest
     from apollo.optim import state_file
 
-    state_file.forget(optimizer)
+    state_file.forget(optimizer, generation.step)
     stored = generation.optimizer
     if stored is None:
         return "none was kept"
@@ -59,9 +59,9 @@ def _load_optimizer(
     return None
 
 
-def write_optimizer(optimizer: "Apollo", path: Path) -> int:
-    """Write the optimizer's state for the checkpoint actor to take; returns its step."""
+def write_optimizer(optimizer: "Apollo", path: Path) -> None:
+    """Write the optimizer's state for the checkpoint actor to take."""
     from apollo.optim import state_file
 
     path.unlink(missing_ok=True)
-    return state_file.save(optimizer, path)
+    state_file.save(optimizer, path)

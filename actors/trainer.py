@@ -13,13 +13,13 @@ import sqlite3
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
 from actors.barrier import StepBarrier
+from actors.calls import in_words
 from actors.encoding import Encoder, size_check
 from actors.errors import Conflict, Unavailable
 from actors.ledger import Ledger
@@ -199,28 +199,27 @@ class Trainer:
         )
 
     @ray.method(concurrency_group="control")
-    def hold(self, with_optimizer: bool) -> Hold:
-        """Stand between two steps until `release`; the optimizer's state is written if asked.
+    def hold(self, token: str, with_optimizer: bool) -> Hold:
+        """Stand between two steps until `release`; writes the optimizer's state if asked.
 
         Raises Unavailable if a step does not end, or if these weights must not be kept.
         """
         if self._waiting.is_ledger_full:
             raise Unavailable(f"training is paused: {self._waiting.reason}")
-        token = self._barrier.hold(self._settings.trainer.step_timeout_s)
-        if token is None:
+        if not self._barrier.hold(token, self._settings.trainer.step_timeout_s):
             raise Unavailable("the step in progress did not end in time; try again later")
-        if self._spoiled is not None:
-            self._barrier.release(token)
-            raise Unavailable(f"{self._spoiled}; the cell restarts from the last generation")
-        held = Hold(token, self._versions.weights_version, self._ledger.next_version())
-        if not with_optimizer or not self._learner.optimizer.state:
-            return held
         try:
-            step = write_optimizer(self._learner.optimizer, Path(self._paths.optimizer))
+            if self._spoiled is not None:
+                raise Unavailable(f"{self._spoiled}; the cell restarts from the last generation")
+            version, optimizer = self._versions.weights_version, self._learner.optimizer
+            is_written = with_optimizer and bool(optimizer.state)
+            if is_written:
+                write_optimizer(optimizer, Path(self._paths.optimizer))
+            unused = max(self._ledger.next_version(), version + 1)
+            return Hold(token, version, unused, is_written, optimizer.num_steps)
         except Exception as error:
             self._barrier.release(token)
-            raise Unavailable(f"the optimizer's state cannot be written: {error}") from None
-        return replace(held, has_optimizer=True, optimizer_step=step)
+            raise Unavailable(f"the trainer cannot be held: {in_words(error)}") from None
 
     @ray.method(concurrency_group="control")
     def restore(self, made: Return) -> None:
@@ -232,8 +231,7 @@ class Trainer:
         self._spoiled = "a return broke off"
         self._num_returns += 1
         self._versions.begin_writing()
-        model_dir = Path(self._paths.model_dir)
-        restore(Path(self._paths.layout), model_dir)
+        restore(Path(self._paths.layout), model_dir := Path(self._paths.model_dir))
         recall(self._settings.home, model_dir.name, self._learner.optimizer, self._ledger)
         self._versions.weights_version = made.weights_version
         self._versions.next_epoch()
@@ -241,7 +239,7 @@ class Trainer:
 
     @ray.method(concurrency_group="control")
     def wait_for_room(self, why: str | None) -> None:
-        """Make no step while nothing that is learned could be kept; None lets training go on."""
+        """Make no step while nothing that is learned could be kept; None: go on."""
         self._waiting.nothing_kept = why
 
     @ray.method(concurrency_group="control")
@@ -314,10 +312,13 @@ class Trainer:
             self._stopping.set()
         finally:
             self._job_id = None
-        # Before anybody can read `done`: the next request must not see the old epoch's prefixes.
-        self._versions.next_epoch()
-        end = (job.job_id, state, self._versions.weights_version, error)
-        self._waiting.for_room(lambda: self._ledger.finish_job(*end))
+        with self._barrier.step():
+            if self._num_returns != num_returns:
+                return
+            # Before anybody reads `done`: the next request must not see the old epoch's prefixes.
+            self._versions.next_epoch()
+            end = (job.job_id, state, self._versions.weights_version, error)
+            self._waiting.for_room(lambda: self._ledger.finish_job(*end))
         self._reason = self._spoiled  # Only now: the cell restarts on it.
 
     def _step(self, job: QueuedJob, index: int, num_returns: int) -> None:

@@ -1,5 +1,6 @@
 """The step barrier: one step or one hold at a time, holders first, every wait limited."""
 
+import secrets
 import threading
 from collections.abc import Callable
 
@@ -23,9 +24,23 @@ def ended(thread: threading.Thread) -> bool:
     return not thread.is_alive()
 
 
+def hold_of(barrier: StepBarrier, limit_s: float) -> str | None:
+    """A hold under a token of its own; None if it was not granted."""
+    token = secrets.token_hex(4)
+    return token if barrier.hold(token, limit_s) else None
+
+
+def test_a_hold_that_was_given_up_before_it_began_is_not_granted() -> None:
+    """The call that asked for it was late: its caller has gone, and would never release it."""
+    barrier = StepBarrier()
+    assert not barrier.release("late")
+    assert not barrier.hold("late", SHORT_S)
+    assert barrier.hold("other", SHORT_S)
+
+
 def test_hold_and_release() -> None:
     barrier = StepBarrier()
-    token = barrier.hold(LIMIT_S)
+    token = hold_of(barrier, LIMIT_S)
     assert token is not None
     assert barrier.release(token)
     with barrier.step():
@@ -43,7 +58,7 @@ def test_hold_waits_for_the_step_in_progress() -> None:
             order.append("step over")
 
     def hold() -> None:
-        assert barrier.hold(LIMIT_S) is not None
+        assert hold_of(barrier, LIMIT_S) is not None
         order.append("held")
 
     stepper = started(step)
@@ -58,7 +73,7 @@ def test_hold_waits_for_the_step_in_progress() -> None:
 
 def test_step_waits_for_the_holder() -> None:
     barrier, order = StepBarrier(), []
-    token = barrier.hold(LIMIT_S)
+    token = hold_of(barrier, LIMIT_S)
     assert token is not None
 
     def step() -> None:
@@ -84,7 +99,7 @@ def test_holder_goes_before_the_next_step_of_a_busy_stepper() -> None:
 
     stepper = started(step_back_to_back)
     for _ in range(50):
-        token = barrier.hold(LIMIT_S)
+        token = hold_of(barrier, LIMIT_S)
         assert token is not None
         before = steps[0]
         threading.Event().wait(0.001)
@@ -97,30 +112,30 @@ def test_holder_goes_before_the_next_step_of_a_busy_stepper() -> None:
 def test_hold_gives_up_after_its_limit_and_steps_go_on() -> None:
     barrier = StepBarrier()
     with barrier.step():
-        assert barrier.hold(SHORT_S) is None
+        assert hold_of(barrier, SHORT_S) is None
     with barrier.step():
         pass
-    token = barrier.hold(LIMIT_S)
+    token = hold_of(barrier, LIMIT_S)
     assert token is not None and barrier.release(token)
 
 
 def test_second_holder_waits_for_the_first() -> None:
     barrier = StepBarrier()
-    first = barrier.hold(LIMIT_S)
+    first = hold_of(barrier, LIMIT_S)
     assert first is not None
-    assert barrier.hold(SHORT_S) is None
+    assert hold_of(barrier, SHORT_S) is None
     assert barrier.release(first)
-    second = barrier.hold(LIMIT_S)
+    second = hold_of(barrier, LIMIT_S)
     assert second is not None and second != first
 
 
 def test_release_of_a_hold_that_is_over_says_so() -> None:
     barrier = StepBarrier()
-    first = barrier.hold(LIMIT_S)
+    first = hold_of(barrier, LIMIT_S)
     assert first is not None
     assert barrier.release(first)
     assert not barrier.release(first)
-    second = barrier.hold(LIMIT_S)
+    second = hold_of(barrier, LIMIT_S)
     assert second is not None
     assert not barrier.release(first), "an old token does not end a new hold"
     assert barrier.release(second)
@@ -130,4 +145,4 @@ def test_step_that_fails_frees_the_barrier() -> None:
     barrier = StepBarrier()
     with pytest.raises(ZeroDivisionError), barrier.step():
         raise ZeroDivisionError
-    assert barrier.hold(SHORT_S) is not None
+    assert hold_of(barrier, SHORT_S) is not None

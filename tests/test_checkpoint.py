@@ -39,8 +39,9 @@ class ScriptedTrainer:
         }
         self.waits_for: list[str | None] = []
         self.restored: list[Return] = []
-        self.is_gone = False
+        self.is_gone = self.is_deaf = self.has_optimizer = False
         self.held = 0
+        self.token = ""
 
     def learn(self) -> None:
         version = self.versions.weights_version + 1
@@ -49,18 +50,21 @@ class ScriptedTrainer:
             self.tensors[name].numpy()[:] = words.view(KINDS[words.itemsize])
         self.versions.weights_version = version
 
-    def _hold(self, with_optimizer: bool) -> Hold:
+    def _hold(self, token: str, with_optimizer: bool) -> Hold:
         if self.is_gone:
             raise Unavailable("the trainer went away")
         self.held += 1
         version = self.versions.weights_version
-        return Hold("token", version, version + 1)
+        self.token = token
+        return Hold(token, version, version + 1, self.has_optimizer)
 
     def _release(self, token: str) -> bool:
-        self.held -= 1
+        self.held -= token == self.token
         return True
 
     def _wait(self, why: str | None) -> None:
+        if self.is_deaf:
+            raise Unavailable("no answer")
         self.waits_for.append(why)
 
     def _restore(self, made: Return) -> None:
@@ -189,7 +193,7 @@ def test_a_return_is_made_public_before_the_trainer_takes_it_over(made: Any) -> 
     state = learned(first_state(), 1)
     back = made.actor.roll_back(RollbackRequest(generation=1))
     assert (back.generation, back.weights_version) == (3, 3)
-    assert made.trainer.restored == [Return("token", 3)] and made.trainer.held == 0
+    assert made.trainer.restored == [Return(made.trainer.token, 3)] and made.trainer.held == 0
     assert is_same(load_public(made.disk), state)
     assert [each.returns_to for each in made.actor.history()] == [1, None, None, None]
     with pytest.raises(NotFound, match="generation 9 is not kept"):
@@ -207,7 +211,77 @@ def test_a_return_that_is_cut_short_is_finished_by_a_restart(
         raise Unavailable("the trainer went away")
 
     monkeypatch.setattr(made.trainer, "_restore", gone)
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="cut short; the cell restarts"):
         made.actor.roll_back(RollbackRequest(generation=0))
     assert made.actor.report().reason == "the return to generation 0 was cut short"
+    assert made.trainer.held == 1, "it must not step on what was to be undone"
+    made.trainer.learn()
+    with pytest.raises(Unavailable, match="cut short"):
+        commit(made)
     assert is_same(newest(made), first_state())
+
+
+def test_a_full_disk_is_said_while_the_optimizers_state_is_written(
+    made: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(made.actor._paths.optimizer)
+    path.write_bytes(b"moments" * 1000)
+    made.trainer.learn()
+    whole = RealDisk.write
+
+    def write(disk: RealDisk, path: str, offset: int, data: bytes | memoryview) -> None:
+        if "optimizer" in path:
+            view = memoryview(data).cast("B")
+            raise DiskFull(f"no space left for {len(view)} bytes")
+        whole(disk, path, offset, data)
+
+    monkeypatch.setattr(RealDisk, "write", write)
+    made.trainer.has_optimizer = True
+    with pytest.raises(CheckpointFailed, match="no space left for 7000 bytes"):
+        commit(made)
+    assert not path.exists()
+
+
+def test_what_nobody_expected_ends_the_cell_and_is_not_silent(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("no memory for a copy")
+
+    monkeypatch.setattr(made.actor, "_commit", fail)
+    made.trainer.learn()
+    threading.Thread(target=made.actor._keep, daemon=True).start()
+    wait_for(lambda: made.actor.report().reason is not None)
+    assert made.actor.report().reason == "keeping ended: MemoryError: no memory for a copy"
+
+
+def test_a_publication_without_room_does_not_keep_the_trainer_waiting(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = RealDisk.write
+
+    def write(disk: RealDisk, path: str, offset: int, data: bytes | memoryview) -> None:
+        if path.startswith("models/") and path.endswith("b.safetensors"):
+            raise DiskFull("no space left")
+        whole(disk, path, offset, data)
+
+    monkeypatch.setattr(RealDisk, "write", write)
+    made.trainer.learn()
+    with pytest.raises(CheckpointFailed, match="no space left"):
+        commit(made)
+    assert made.actor.report().generation == 1
+    assert made.disk.names(f"models/.{NAME}.next") == [], "what was half written is gone"
+    threading.Thread(target=made.actor._keep, daemon=True).start()
+    time.sleep(3)
+    assert made.trainer.waits_for == [] and made.actor.report().reason is None
+
+
+def test_a_lost_word_to_go_on_is_said_again(made: Any) -> None:
+    made.actor._pause("full")
+    made.trainer.is_deaf = True
+    with pytest.raises(Unavailable):
+        made.actor._pause(None)
+    made.trainer.is_deaf = False
+    assert made.actor.report().paused == "full"
+    made.actor._pause(None)
+    assert made.trainer.waits_for == ["full", None]

@@ -1,6 +1,7 @@
 """The journal on a real disk: what is committed comes back, bit by bit, and only that."""
 
 import errno
+import json
 import os
 import threading
 import time
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load
 
+from apollo.journal.chain import UnknownFormat
 from apollo.journal.disk import DiskFailed, NotAPlainFile, RealDisk, lease
 from apollo.journal.image import ImageError
 from apollo.journal.journal import Journal, UnknownGeneration
@@ -303,3 +306,39 @@ def test_a_leased_directory_is_not_touched(disk: RealDisk) -> None:
         data = {name: (old / name).read_bytes() for name in ("a.safetensors", "b.safetensors")}
     assert data == files_of(first_state())
     assert is_same(load_public(disk), states[-1])
+
+
+def test_a_directory_that_somebody_put_there_does_not_stop_publications(disk: RealDisk) -> None:
+    strange = disk.path(f"{PUBLIC}/.cache/deep")
+    strange.mkdir(parents=True)
+    (strange / "file").write_text("x")
+    journal = opened(disk).journal
+    state = first_state()
+    for number in range(1, 5):
+        state = learned(state, number)
+        journal.commit(state, number)
+        journal.publish()
+    assert is_same(load_public(disk), state)
+
+
+def test_a_manifest_of_another_version_is_left_alone(disk: RealDisk) -> None:
+    taught(opened(disk).journal, 2)
+    before = {name: disk.read(f"{FOLDER}/{name}") for name in disk.names(FOLDER)}
+    newest = max(name for name in before if name.startswith("manifest"))
+    body = json.loads(before[newest])["body"].replace('"format": 1', '"format": 2')
+    envelope = {"hash": blake3(body.encode()).hexdigest(), "body": body}
+    disk.path(f"{FOLDER}/{newest}").write_text(json.dumps(envelope))
+    with pytest.raises(UnknownFormat, match="written by another version"):
+        opened(disk)
+    assert disk.names(FOLDER) == sorted(before) and not disk.names(f"state/{NAME}/aside-001")
+
+
+def test_what_is_learned_is_readable_by_this_user_only(disk: RealDisk) -> None:
+    journal = opened(disk).journal
+    taught(journal, 1)
+    journal.publish()
+    modes = {
+        name: disk.path(f"{FOLDER}/{name}").stat().st_mode & 0o777 for name in disk.names(FOLDER)
+    }
+    assert set(modes.values()) == {0o600}
+    assert disk.path(f"{PUBLIC}/a.safetensors").stat().st_mode & 0o777 == 0o644

@@ -55,9 +55,9 @@ def live(learner: Learner) -> dict[str, torch.Tensor]:
 def commit(journal: Journal, learner: Learner, version: int, home: Path) -> None:
     staging = Staging(live(learner))
     staging.copy()
-    step = state_file.save(learner.optimizer, home / "state.safetensors")
+    state_file.save(learner.optimizer, home / "state.safetensors")
     state = (home / "state.safetensors").read_bytes()
-    journal.commit(staging.words(), version, state, step)
+    journal.commit(staging.words(), version, state, learner.optimizer.num_steps)
 
 
 def child(home: Path, rounding: str) -> None:

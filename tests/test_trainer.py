@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ class ScriptedLearner:
     def __init__(self, *script: StepReport | Exception) -> None:
         self.script = list(script)
         self.rates: list[float] = []
+        self.optimizer = SimpleNamespace(state={}, num_steps=0)
 
     def step(
         self, example: Any, learning_rate: float, *, before_writing: Callable[[], None], **_: Any
@@ -67,7 +69,7 @@ def run(trainer: Trainer, learner: ScriptedLearner, num_samples: int = 1, **conf
 def hold(trainer: Trainer) -> Any:
     """What the checkpoint actor calls; Ray's decorator hides from mypy that it is a method."""
     method: Any = trainer.hold
-    return method(False)
+    return method("token", False)
 
 
 def test_warm_up_is_linear_and_every_step_is_one_version(trainer: Trainer) -> None:
@@ -206,3 +208,19 @@ def test_a_ledger_is_not_taught_to_a_model_that_was_adopted_anew(trainer: Traine
     trainer._ledger.claim(100.5)
     with pytest.raises(Exception, match="adopted anew"):
         trainer._ledger.claim(200.5)
+
+
+def test_a_return_between_the_last_step_and_the_end_leaves_the_job_to_the_ledger(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resting job is between steps: what a return made of it stays."""
+
+    def return_meanwhile(*arguments: Any) -> None:
+        until = trainer._ledger.next_version()
+        trainer._ledger.undo(0, until, 0, is_again=False)
+        trainer._num_returns += 1
+
+    monkeypatch.setattr(trainer._waiting, "rest", return_meanwhile)
+    view = run(trainer, ScriptedLearner())
+    assert (view.status, view.steps) == ("cancelled", 0)
+    assert trainer._reason is None

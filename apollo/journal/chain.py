@@ -24,7 +24,11 @@ Kind = Literal["base", "commit", "rollback"]
 
 
 class ChainError(ValueError):
-    """The manifest is damaged, or of a format that this version does not know."""
+    """The manifest is damaged."""
+
+
+class UnknownFormat(Exception):
+    """The manifest is whole, and of a format that this version does not know; it is left alone."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ class Generation:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
-        """Read what `asdict` made; raises ChainError."""
+        """Read what `asdict` made; raises UnknownFormat."""
         if set(record) != {part.name for part in fields(cls)}:
-            raise ChainError(f"a generation has the keys {', '.join(sorted(record))}")
+            raise UnknownFormat(f"a generation has the keys {', '.join(sorted(record))}")
         optimizer = record["optimizer"]
         return cls(
             **record
@@ -114,7 +118,10 @@ class Chain:
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Raises ChainError unless every bit is as it was written and the parents are in order."""
+        """Raises ChainError unless every bit is as it was written and the parents are in order.
+
+        Raises UnknownFormat for one that is whole and that this version cannot read.
+        """
         try:
             envelope = json.loads(data)
             if not _has_hash(envelope["body"], envelope["hash"]):
@@ -123,7 +130,10 @@ class Chain:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ChainError(f"it is damaged: {error}") from None
         if record.pop("format", None) != FORMAT:
-            raise ChainError("it is of a format that this version of Reverie does not read")
+            raise UnknownFormat(
+                "the journal was written by another version of Reverie; use that one, or move "
+                "REVERIE_HOME/state/NAME/journal away to keep only what is public"
+            )
         generations = tuple(Generation.from_record(each) for each in record.pop("generations"))
         if not generations or generations[0].parent is not None:
             raise ChainError("it does not begin with a base")

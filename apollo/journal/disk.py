@@ -121,7 +121,9 @@ class RealDisk:
 
     def create(self, path: str, size: int = 0) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with _errors(f"create {path}"), _opened(self.path(path), flags) as file:
+        # A model is for any loader; what it learned from, step by step, is this user's alone.
+        mode = 0o644 if path.startswith("models/") else 0o600
+        with _errors(f"create {path}"), _opened(self.path(path), flags, mode) as file:
             if not size:
                 return
             try:
@@ -219,10 +221,10 @@ def _errors(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
+def _opened(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
     """A descriptor of a plain file or directory; links of both kinds are refused."""
     try:
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise NotAPlainFile(f"{path.name} is a symbolic link; put the file there") from None

@@ -157,7 +157,7 @@ class Journal:
                 StoredFile("", 0, ""),
                 0,
                 optimizer=goal.optimizer,
-                step=goal.step if goal.optimizer is not None else 0,
+                step=goal.step if goal.optimizer is not None else parent.step,
                 returns_to=generation,
                 undone_after=goal.weights_version,
                 is_learned_again=is_learned_again,

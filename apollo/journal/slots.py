@@ -14,7 +14,7 @@ from typing import Final
 
 from apollo.journal.chain import replace_file
 from apollo.journal.codec import Words
-from apollo.journal.disk import Disk, DiskError
+from apollo.journal.disk import Disk, DiskError, DiskFull
 from apollo.journal.image import HASH_BYTES, Image, digest
 from apollo.journal.values import Slot
 from apollo.weights import manifest
@@ -103,6 +103,21 @@ class Slots:
         Raises SlotDamaged if a chunk does not read back as `table` says.
         """
         hidden = self._empty_hidden(spared)
+        try:
+            self._write(hidden, image, table, read, held)
+        except DiskFull:
+            self._empty(hidden)  # What is half written would keep the disk full for everybody.
+            raise
+        return hidden
+
+    def _write(
+        self,
+        hidden: str,
+        image: Image,
+        table: bytes,
+        read: Callable[[int], Words],
+        held: Manifest,
+    ) -> None:
         at = 0
         for name, header in image.headers.items():
             path = f"{hidden}/{name}"
@@ -122,7 +137,6 @@ class Slots:
         sizes = {name: self._disk.size(f"{hidden}/{name}") for name in self._disk.names(hidden)}
         whole = manifest.encode(replace(held, files=sizes))
         replace_file(self._disk, f"{hidden}/{manifest.FILE_NAME}", whole)
-        return hidden
 
     def swap(self, hidden: str) -> None:
         """Make `hidden` the public directory, and the public one hidden; durable."""
@@ -164,7 +178,10 @@ class Slots:
     def _empty(self, directory: str) -> None:
         """Remove its files. What is left of them after a crash is believed chunk by chunk only."""
         for name in self._disk.names(directory):
-            self._disk.remove(f"{directory}/{name}")
+            path = f"{directory}/{name}"
+            if self._disk.is_directory(path):
+                self._empty(path)
+            self._disk.remove(path)
 
     def _other_files(self, source: str, image: Image) -> Iterator[str]:
         for name in self._disk.names(source):

@@ -24,8 +24,8 @@ class OtherOptimizer(ValueError):
     """The file belongs to an optimizer of other settings or parameters; nothing was changed."""
 
 
-def save(optimizer: Apollo, path: Path) -> int:
-    """Write the state to `path`, a new file; returns the number of steps. Syncs nothing.
+def save(optimizer: Apollo, path: Path) -> None:
+    """Write the state to `path`, a new file. Syncs nothing.
 
     Raises OSError or SafetensorError on a full disk.
     """
@@ -36,7 +36,6 @@ def save(optimizer: Apollo, path: Path) -> int:
     }
     metadata = {"step": str(optimizer.num_steps), "settings": json.dumps(_meaning(optimizer))}
     save_file(tensors, path, metadata)
-    return optimizer.num_steps
 
 
 def load(optimizer: Apollo, path: Path) -> None:
@@ -68,9 +67,11 @@ def load(optimizer: Apollo, path: Path) -> None:
         group["num_steps"] = step
 
 
-def forget(optimizer: Apollo) -> None:
-    """Begin anew: no moments. The step count stays, so that no noise is drawn twice."""
+def forget(optimizer: Apollo, num_steps: int) -> None:
+    """Begin anew: no moments. The step count never goes back, so that no noise is drawn twice."""
     optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["num_steps"] = max(num_steps, group["num_steps"])
 
 
 def _meaning(optimizer: Apollo) -> list[dict[str, Any]]:
