@@ -26,14 +26,8 @@ from actors.calls import within
 from actors.cell import connect
 from actors.ending import NAMESPACE
 from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieError, Unavailable
-from actors.messages import (
-    MAX_ID_CHARS,
-    CellReport,
-    CheckpointRequest,
-    JobView,
-    RollbackRequest,
-    TrainRequest,
-)
+from actors.messages import CellReport, JobView
+from actors.posted import MAX_ID_CHARS, CheckpointRequest, RollbackRequest, TrainRequest
 from actors.settings import Settings
 from actors.versions import VersionCounter
 from door.keys import KeyStore, Scope, require_loopback

@@ -32,7 +32,8 @@ from actors.dream import Dreamer
 from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.engine import Engine
 from actors.errors import BootFailed
-from actors.messages import CellPaths, CellReport, CellState, CheckpointRequest, Stage
+from actors.messages import CellPaths, CellReport, CellState, Stage
+from actors.posted import CheckpointRequest
 from actors.settings import Settings
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
@@ -256,6 +257,7 @@ class Cell:
             if disk.is_directory(f"state/{name}/journal"):
                 open_journal(disk, name)  # First: it may have to mend what adoption would refuse.
             adopted = adopt(model, home, dtype, lambda note: None)
+            disk.refuse_mount_point(f"models/{adopted.name}")
             open_journal(disk, adopted.name)
             return adopted
 

@@ -29,13 +29,12 @@ from actors.messages import (
     CellPaths,
     Checkpoint,
     CheckpointReport,
-    CheckpointRequest,
     GenerationView,
     Hold,
     Return,
-    RollbackRequest,
     Verification,
 )
+from actors.posted import CheckpointRequest, RollbackRequest
 from actors.settings import Settings
 from actors.versions import VersionCounter
 
@@ -72,6 +71,7 @@ class Checkpointer:
         self._tensors: dict[str, Any] = {}
         self._journal: Journal
         self._public = 0
+        self._is_swap_atomic = True
         self._last: Checkpoint | None = None
         self._published_at = time.monotonic()
         self._committed_at = time.monotonic()
@@ -91,6 +91,7 @@ class Checkpointer:
         name = Path(self._paths.model_dir).name
         self._journal = open_journal(RealDisk(self._settings.home), name).journal
         self._public = self._journal.public.generation
+        self._is_swap_atomic = self._journal.slots.can_exchange()
         threading.Thread(target=self._keep, name="keeping", daemon=True).start()
         return self._describe()
 
@@ -106,6 +107,7 @@ class Checkpointer:
             generation=newest.generation,
             weights_version=newest.weights_version,
             public_generation=self._public,
+            is_swap_atomic=self._is_swap_atomic,
             last=self._last,
             paused=self._paused,
             reason=self._reason,

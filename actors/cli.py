@@ -207,6 +207,11 @@ def _announce(report: Any, clock: Clock, settings: Settings) -> None:
         f"ready        {trainer.num_tensors} tensors, {trainer.weights_bytes / MIB:.0f} MiB, "
         f"one copy; version {trainer.weights_version}"
     )
+    if not report.checkpoint.is_swap_atomic:
+        print(
+            "\n  note   this file system cannot exchange two directories in one step (is it NFS?):"
+        )
+        print("         at a publication there is no public directory for an instant")
     print(f"\n  ask    {base}/v1   (OpenAI's API)\n  teach  {base}/train\n  read   {base}/docs")
     print("  stop   Ctrl-C\n", flush=True)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from actors.errors import InvalidRequest
-from actors.messages import ChatSample, Sample, TextSample, TrainConfig, TrainingSample
+from actors.messages import TrainingSample
+from actors.posted import ChatSample, Sample, TextSample, TrainConfig
 from actors.settings import MIB, TrainerSettings
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from actors.messages import (
     JobView,
     QueuedJob,
     SampleState,
-    TrainConfig,
     TrainingSample,
 )
+from actors.posted import TrainConfig
 from actors.rows import last_step, sample_columns, sample_of, total_steps
 from actors.taking_back import TakingBack
 

@@ -31,11 +31,10 @@ from actors.messages import (
     JobView,
     QueuedJob,
     Return,
-    TrainConfig,
     TrainerReport,
-    TrainRequest,
 )
 from actors.pausing import paused_engine
+from actors.posted import TrainConfig, TrainRequest
 from actors.recall import recall, write_optimizer
 from actors.settings import Settings
 from actors.teacher import ask_teacher

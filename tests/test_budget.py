@@ -10,7 +10,7 @@ import torch
 
 from actors.encoding import Encoder, size_check
 from actors.errors import InvalidRequest
-from actors.messages import TokenSample, TrainConfig
+from actors.posted import TokenSample, TrainConfig
 from actors.settings import TrainerSettings
 from apollo.learning.budget import estimate_memory, measured_peak
 from apollo.learning.samples import Example

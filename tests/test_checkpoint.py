@@ -17,7 +17,8 @@ import torch
 from actors import checkpoint
 from actors.checkpoint import Checkpointer
 from actors.errors import CheckpointFailed, NotFound, Unavailable
-from actors.messages import CellPaths, CheckpointRequest, Hold, Return, RollbackRequest
+from actors.messages import CellPaths, Hold, Return
+from actors.posted import CheckpointRequest, RollbackRequest
 from actors.settings import JournalSettings, Settings
 from actors.versions import VersionCounter
 from apollo.journal.disk import DiskFull, RealDisk

@@ -27,7 +27,7 @@ from actors.errors import (
     TooLarge,
     Unavailable,
 )
-from actors.messages import TrainRequest
+from actors.posted import TrainRequest
 from actors.versions import VersionCounter
 from door.keys import KeyStore, Scope
 from door.limits import Slots, parse, parse_json, read_body

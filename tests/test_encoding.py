@@ -8,7 +8,8 @@ from pydantic import TypeAdapter
 
 from actors.encoding import Encoder
 from actors.errors import InvalidRequest
-from actors.messages import Sample, TrainConfig, TrainingSample
+from actors.messages import TrainingSample
+from actors.posted import Sample, TrainConfig
 from apollo.learning.samples import SampleError, encode_chat, strip_instructions
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -342,3 +342,26 @@ def test_what_is_learned_is_readable_by_this_user_only(disk: RealDisk) -> None:
     }
     assert set(modes.values()) == {0o600}
     assert disk.path(f"{PUBLIC}/a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_models_on_another_disk_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "home").mkdir()
+    elsewhere = RealDisk(tmp_path / "other")
+    put_model(elsewhere, first_state())
+    (tmp_path / "home" / "models").symlink_to(tmp_path / "other" / "models")
+    (tmp_path / "home" / "state").mkdir()
+    disk = RealDisk(tmp_path / "home")
+    journal = opened(disk).journal
+    states = taught(journal, 2)
+    journal.publish()
+    assert is_same(load_public(elsewhere), states[-1])
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(
+    disk: RealDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.refuse_mount_point(PUBLIC)
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(NotAPlainFile, match="models/tiny is a mount point"):
+        disk.refuse_mount_point(PUBLIC)

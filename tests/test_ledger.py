@@ -22,7 +22,8 @@ from actors import ledger_rows
 from actors.database import BUSY_TIMEOUT_S
 from actors.errors import Conflict, NotFound, SettingsError, TooBusy, Unavailable
 from actors.ledger import Ledger
-from actors.messages import JobState, QueuedJob, TrainConfig, TrainingSample
+from actors.messages import JobState, QueuedJob, TrainingSample
+from actors.posted import TrainConfig
 from actors.rows import sample_of
 from actors.taking_back import MAX_ENDS
 
@@ -172,7 +173,8 @@ def test_a_kill_9_right_after_the_acknowledgement_loses_nothing(path: Path) -> N
     script = f"""
 import time
 from actors.ledger import Ledger
-from actors.messages import TrainConfig, TrainingSample
+from actors.messages import TrainingSample
+from actors.posted import TrainConfig
 ledger = Ledger({str(path)!r})
 for number in range(10**6):
     name = f"s{{number}}"

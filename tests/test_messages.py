@@ -10,18 +10,13 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from actors import messages
-from actors.messages import (
-    CellPaths,
-    CellReport,
+from actors.messages import CellPaths, CellReport, QueuedJob, Stage, TrainerReport, TrainingSample
+from actors.posted import (
     ChatMessage,
     ChatSample,
-    QueuedJob,
-    Stage,
     TextSample,
     TokenSample,
     TrainConfig,
-    TrainerReport,
-    TrainingSample,
     TrainRequest,
 )
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from actors.ledger import Ledger
-from actors.messages import TrainConfig, TrainingSample
+from actors.messages import TrainingSample
+from actors.posted import TrainConfig
 
 
 @pytest.fixture

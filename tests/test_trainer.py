@@ -13,7 +13,8 @@ import pytest
 
 from actors.errors import Unavailable
 from actors.ledger import Ledger
-from actors.messages import CellPaths, JobView, TrainConfig, TrainingSample
+from actors.messages import CellPaths, JobView, TrainingSample
+from actors.posted import TrainConfig
 from actors.settings import Settings, TrainerSettings
 from actors.trainer import Trainer
 from actors.versions import VersionCounter

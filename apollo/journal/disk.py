@@ -93,7 +93,8 @@ class RealDisk:
         parts = path.split("/")
         if path.startswith("/") or any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{path!r} is not a plain path below the root")
-        return self._root / path
+        # `models` and `state` may be links to another disk; nothing below them may.
+        return (self._root / parts[0]).resolve().joinpath(*parts[1:])
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
         with _errors(f"read {path}"), _opened(self.path(path), os.O_RDONLY) as file:
@@ -176,6 +177,14 @@ class RealDisk:
                 self.path(path).rmdir()
             else:
                 self.path(path).unlink()
+
+    def refuse_mount_point(self, directory: str) -> None:
+        """Raise NotAPlainFile for a directory that cannot be swapped with another one."""
+        if os.path.ismount(self.path(directory)):
+            raise NotAPlainFile(
+                f"{directory} is a mount point, which cannot be swapped with another directory; "
+                "mount the directory above it"
+            )
 
     def is_leased(self, directory: str) -> bool:
         with _errors(f"look at {directory}"), contextlib.suppress(FileNotFoundError):
