@@ -45,7 +45,8 @@ import transformers
 from torch import Tensor
 
 from actors.ending import CELL, NAMESPACE
-from actors.messages import CellReport, TrainConfig
+from actors.messages import CellReport
+from actors.posted import TrainConfig
 from actors.settings import TrainerSettings
 from apollo.learning.anchor import drift
 from apollo.weights.adopt import adopt

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.messages import TrainConfig
+from actors.posted import TrainConfig
 from actors.settings import TrainerSettings
 from apollo.learning.anchor import CANARIES, drift, record_canaries
 from apollo.learning.forward import Reader

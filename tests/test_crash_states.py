@@ -21,10 +21,10 @@ PER_WINDOW = 450
 NUM_NESTED = 4
 WANTED_STATES = 100_000
 COMMUTING = {
-    ("Sync chain.replace_file < slots.write", "Names chain.replace_file < slots.write"): (
+    ("Sync chain.replace_file < slots._write", "Names chain.replace_file < slots._write"): (
         "the directory is hidden, and is synced before it is swapped in"
     ),
-    ("Sync chain.replace_file < slots.write", "Names slots.swap < journal.publish"): (
+    ("Sync chain.replace_file < slots._write", "Names slots.swap < journal.publish"): (
         "without exchange, the first of the two renames only takes the old directory away"
     ),
     ("Names slots.swap < journal.publish", "Sync slots.swap < journal.publish"): (
