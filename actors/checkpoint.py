@@ -130,7 +130,8 @@ class Checkpointer:
     def roll_back(self, request: RollbackRequest) -> Checkpoint:
         """Make the weights of an earlier generation the live ones, as a new generation.
 
-        Raises NotFound for one that is not kept, CheckpointFailed with nothing changed.
+        Raises NotFound for one that is not kept, CheckpointFailed with nothing changed, Unavailable
+        if it was cut short: it is durable then, and the cell restarts with it.
         """
         from apollo.journal.journal import UnknownGeneration
 
@@ -142,7 +143,8 @@ class Checkpointer:
                 raise NotFound(f"{error}; see GET /checkpoints").about("generation") from None
             self._commit()  # So that there is a way back from this, too.
             held = time.monotonic()
-            with self._held(with_optimizer=False) as hold:
+            # Inside, so that a disk that failed is known before the trainer could be let go.
+            with self._held(with_optimizer=False) as hold, self._translated():
                 made = self._journal.roll_back(request.generation, hold.next_version)
                 self._finish_return(request.generation, made, hold)
         return self._tell(made, begun, time.monotonic() - held)
@@ -180,31 +182,35 @@ class Checkpointer:
 
     def _keep(self) -> None:
         """Commit and publish what was learned, as often as the settings say."""
-        journal = self._settings.journal
         while self._reason is None:
             time.sleep(KEEPING_INTERVAL_S if self._paused is None else RETRY_S)
-            now = time.monotonic()
-            is_new = self._versions.weights_version != self._journal.newest.weights_version
-            is_due = is_new and now - self._committed_at >= journal.commit_every_s
-            if not is_new:
-                self._committed_at = now  # The time of changes counts, not that of rest.
             try:
-                if is_due or self._paused is not None:
-                    with self._lock, self._translated():
-                        self._commit()
-                    self._pause(None)
-                if now - self._published_at >= journal.publish_every_s:
-                    self._published_at = now  # If it fails, the next try has its time.
-                    with self._lock, self._translated():
-                        self._publish()
+                self._keep_what_is_due()
             except CheckpointFailed as error:
-                if is_due or self._paused is not None:
-                    self._pause(str(error))
-                log.warning("%s", error)
+                log.warning("not published: %s", error)
             except ReverieError:
                 continue  # The trainer is busy, or gone: the next look may find it.
             except Exception as error:
                 self._reason = f"keeping ended: {in_words(error)}"
+
+    def _keep_what_is_due(self) -> None:
+        journal, now = self._settings.journal, time.monotonic()
+        is_new = self._versions.weights_version != self._journal.newest.weights_version
+        if not is_new:
+            self._committed_at = now  # The time of changes counts, not that of rest.
+        is_due = is_new and now - self._committed_at >= journal.commit_every_s
+        if is_due or self._paused is not None:
+            try:
+                with self._lock, self._translated():
+                    self._commit()
+            except CheckpointFailed as error:
+                self._pause(str(error))
+                return
+            self._pause(None)
+        if now - self._published_at >= journal.publish_every_s:
+            self._published_at = now  # If it fails, the next try has its time.
+            with self._lock, self._translated():
+                self._publish()
 
     def _pause(self, why: str | None) -> None:
         """Let the trainer wait while nothing can be kept; None lets it go on."""

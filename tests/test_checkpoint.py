@@ -286,3 +286,37 @@ def test_a_lost_word_to_go_on_is_said_again(made: Any) -> None:
     assert made.actor.report().paused == "full"
     made.actor._pause(None)
     assert made.trainer.waits_for == ["full", None]
+
+
+def test_keeping_goes_on_when_the_trainer_could_not_be_told_to_wait(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise DiskFull("no space left")
+
+    made.trainer.learn()
+    made.trainer.is_deaf = True
+    made.actor._committed_at -= 10
+    with monkeypatch.context() as patch:
+        patch.setattr(RealDisk, "write", full)
+        keeping = threading.Thread(target=made.actor._keep, daemon=True)
+        keeping.start()
+        time.sleep(0.3)
+        assert keeping.is_alive() and made.actor.report().reason is None
+    made.trainer.is_deaf = False
+    wait_for(lambda: made.actor.report().generation == 1)
+
+
+def test_the_trainer_is_not_let_go_when_the_disk_fails_within_a_return(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.trainer.learn()
+    commit(made)
+
+    def fail(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointFailed, match="the cell restarts"):
+        made.actor.roll_back(RollbackRequest(generation=0))
+    assert made.trainer.held == 1 and "the disk failed" in made.actor.report().reason

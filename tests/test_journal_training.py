@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+from actors.ledger import Ledger
+from actors.recall import recall
 from apollo.journal.disk import RealDisk
 from apollo.journal.journal import Journal
 from apollo.journal.live import Staging
@@ -122,3 +125,31 @@ def test_state_of_other_settings_is_refused_and_nothing_changes(tmp_path: Path) 
     with pytest.raises(state_file.OtherOptimizer, match="cannot be read"):
         state_file.load(one.optimizer, path)
     assert one.optimizer.num_steps == 2 and one.optimizer.state
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_the_trainer_takes_back_whole_moments_only(tmp_path: Path, is_damaged: bool) -> None:
+    """Damaged ones begin anew; the step count does not, so that no noise is drawn twice."""
+    make(tmp_path, "float32")
+    first = learner_of(tmp_path, "")
+    journal = open_journal(RealDisk(tmp_path), NAME).journal
+    learn(first, 0, BEFORE)
+    commit(journal, first, BEFORE, tmp_path)
+    stored = journal.newest.optimizer
+    assert stored is not None
+    if is_damaged:
+        path = tmp_path / "state" / NAME / "journal" / stored.name
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    open_journal(RealDisk(tmp_path), NAME)
+    again = learner_of(tmp_path, "")
+    with closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        recall(tmp_path, NAME, again.optimizer, ledger)
+    assert again.optimizer.num_steps == BEFORE
+    if is_damaged:
+        assert not again.optimizer.state
+        return
+    for one, other in zip(states(first), states(again), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
