@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeVar
 
 import ray
@@ -29,6 +29,7 @@ from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieErr
 from actors.messages import CellReport, JobView
 from actors.posted import MAX_ID_CHARS, CheckpointRequest, RollbackRequest, TrainRequest
 from actors.settings import Settings
+from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from door.keys import KeyStore, Scope, require_loopback
 from door.limits import Slots, parse, read_body, require_json
@@ -137,6 +138,7 @@ class Ingress:
         self._boot: int | None = None
         self._engine: EngineProxy | None = None
         self._versions: VersionCounter | None = None
+        self._traffic: Traffic | None = None
         self._following = asyncio.get_running_loop().create_task(self._follow())
 
     # What the cell is doing: looked at regularly, so that no request has to ask.
@@ -157,6 +159,7 @@ class Ingress:
         if self._engine is not None:
             await self._engine.close()
         self._versions = VersionCounter(report.paths.versions)
+        self._traffic = Traffic(report.paths.traffic, is_writable=True)
         timeout_s = self._settings.limits.request_timeout_s
         self._engine = EngineProxy(report.paths.socket, self._versions, timeout_s)
         self._boot = report.boot
@@ -196,17 +199,29 @@ class Ingress:
     async def _pass(self, request: Request) -> Response:
         self._allow(request, "use")
         self._slots.take()
+        leave = self._slots.give
         is_passed = False
         try:
             body = await read_body(request, self._settings.limits.max_body_bytes)
             self._ready()
-            assert self._engine is not None
-            response = await self._engine.forward(request, body, self._slots.give)
+            assert self._engine is not None and self._traffic is not None
+            leave = self._enter(self._traffic)
+            response = await self._engine.forward(request, body, leave)
             is_passed = True
             return response
         finally:
             if not is_passed:
-                self._slots.give()
+                leave()
+
+    def _enter(self, traffic: Traffic) -> Callable[[], None]:
+        """Count a request as inside; returns what its end calls, whatever boot it is by then."""
+        traffic.enter()
+
+        def leave() -> None:
+            traffic.leave()
+            self._slots.give()
+
+        return leave
 
     async def _body(self, request: Request, model: type[T]) -> T:
         self._allow(request, "teach")

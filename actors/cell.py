@@ -28,13 +28,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import run_dir
 from actors.calls import in_words, within
 from actors.checkpoint import Checkpointer
-from actors.dream import Dreamer
+from actors.dream.actor import Dreamer
 from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.engine import Engine
 from actors.errors import BootFailed
 from actors.messages import CellPaths, CellReport, CellState, Stage
 from actors.posted import CheckpointRequest
 from actors.settings import Settings
+from actors.traffic import Traffic
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
 from apollo.weights.adopt import model_name
@@ -225,6 +226,7 @@ class Cell:
             str(adopted.directory), run_dir.create(), str(state / "ledger.sqlite")
         )
         VersionCounter.create(self._paths.versions)
+        Traffic.create(self._paths.traffic)
         self._group = await self._place()
         self._create_actors(self._paths)
         self._note("engine", await self._start_engine(self._paths))

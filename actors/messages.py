@@ -94,6 +94,10 @@ class CellPaths:
         return f"{self.run_dir}/versions"
 
     @property
+    def traffic(self) -> str:
+        return f"{self.run_dir}/traffic"
+
+    @property
     def layout(self) -> str:
         return f"{self.run_dir}/layout.json"
 
