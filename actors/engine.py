@@ -25,6 +25,8 @@ KEEP_ALIVE_S: Final = 600
 """Idle time of the ingress's pooled connections; longer than any pause of a client's."""
 SOCKET_BACKLOG: Final = 1024
 MAX_ANSWERS_PER_REQUEST: Final = 64
+MIN_BATCH_TOKENS: Final = 2048
+"""Of all prompts that are read at once."""
 
 
 class Engine:
@@ -75,6 +77,8 @@ class Engine:
         return self._report()
 
     def _arguments(self) -> list[str]:
+        from vllm.platforms import current_platform
+
         engine = self._settings.engine
         model_dir = Path(self._paths.model_dir)
         self._max_model_len = _max_model_len(model_dir, engine.max_model_len)
@@ -95,6 +99,11 @@ class Engine:
             "--kv-cache-memory-bytes": str(engine.kv_cache_bytes),
         }
         flags = ["--disable-fastapi-docs"]
+        if current_platform.is_cpu():
+            # vLLM winds the generator of a seeded request back after a part of its prompt, which a
+            # CPU's generator cannot do: its process would end. So prompts are read in one go.
+            flags.append("--no-enable-chunked-prefill")
+            arguments["--max-num-batched-tokens"] = str(max(self._max_model_len, MIN_BATCH_TOKENS))
         if engine.enforce_eager:
             flags.append("--enforce-eager")
         if engine.tool_call_parser:

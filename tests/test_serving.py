@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -50,6 +51,25 @@ def test_without_keys_a_request_by_another_name_is_refused(cell: RunningCell) ->
     """A page whose name resolves to this machine (DNS rebinding) sends that name as its host."""
     answer = httpx.get(f"{cell.base}/v1/models", headers={"host": "evil.example"}, timeout=30)
     assert answer.status_code == 403 and "evil.example" in answer.json()["error"]["message"]
+
+
+def test_seeded_requests_that_arrive_together_are_answered_and_repeat(
+    client: OpenAI, model: str, cell: RunningCell
+) -> None:
+    """More prompts than fit into one batch: vLLM on a CPU ended when it cut a seeded one."""
+    boots = cell.get("/status")["restarts"]
+    prompt = "The sea was calm that day. " * 60
+
+    def ask(seed: int) -> str:
+        made = client.completions.create(
+            model=model, prompt=f"{seed}. {prompt}", max_tokens=4, temperature=0.9, seed=seed
+        )
+        return made.choices[0].text
+
+    with ThreadPoolExecutor(16) as pool:
+        first = list(pool.map(ask, range(16)))
+        assert list(pool.map(ask, range(16))) == first
+    assert cell.get("/status")["restarts"] == boots
 
 
 def test_a_chat_is_answered_sensibly_and_names_its_version(client: OpenAI, model: str) -> None:
