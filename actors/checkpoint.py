@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -50,10 +50,15 @@ log = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S: Final = 30
 KEEPING_INTERVAL_S: Final = 1.0
 RETRY_S: Final = 10.0
+ON_TRIAL: Final = "what it taught is not kept before the gate has let it pass; try again later"
 MAX_UNPUBLISHED: Final = 16
 """Generations after the public one: each makes the next commit a little slower."""
 
 T = TypeVar("T")
+
+
+class OnTrial(Unavailable):
+    """The live weights hold a dream round that has not passed the gate."""
 
 
 class Checkpointer:
@@ -141,7 +146,8 @@ class Checkpointer:
                 self._journal.find(request.generation)
             except UnknownGeneration as error:
                 raise NotFound(f"{error}; see GET /checkpoints").about("generation") from None
-            self._commit()  # So that there is a way back from this, too.
+            with suppress(OnTrial):  # It is undone with the rest.
+                self._commit()  # So that there is a way back from this, too.
             held = time.monotonic()
             # Inside, so that a disk that failed is known before the trainer could be let go.
             with self._held(with_optimizer=False) as hold, self._translated():
@@ -199,7 +205,7 @@ class Checkpointer:
         if not is_new:
             self._committed_at = now  # The time of changes counts, not that of rest.
         is_due = is_new and now - self._committed_at >= journal.commit_every_s
-        if is_due or self._paused is not None:
+        if (is_due or self._paused is not None) and not self._is_on_trial():
             try:
                 with self._lock, self._translated():
                     self._commit()
@@ -211,6 +217,11 @@ class Checkpointer:
             self._published_at = now  # If it fails, the next try has its time.
             with self._lock, self._translated():
                 self._publish()
+
+    def _is_on_trial(self) -> bool:
+        """Whether the weights hold a dream that the gate has not judged: it comes to that."""
+        with self._translated():
+            return self._ask(self._trainer.report.remote()).on_trial is not None
 
     def _pause(self, why: str | None) -> None:
         """Let the trainer wait while nothing can be kept; None lets it go on."""
@@ -231,6 +242,8 @@ class Checkpointer:
         staging = Staging(self._tensors)
         held = time.monotonic()
         with self._held(with_optimizer=True) as hold:
+            if hold.on_trial is not None:
+                raise OnTrial(f"dream round {hold.on_trial} is on trial: {ON_TRIAL}")
             staging.copy()
         stall = time.monotonic() - held
         with _bytes_of(self._paths.optimizer if hold.has_optimizer else None) as optimizer:

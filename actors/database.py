@@ -16,7 +16,7 @@ from actors.errors import SettingsError
 BUSY_TIMEOUT_S: Final = 10.0
 """Longest wait for another process's transaction, e.g. that of a trainer that is being killed."""
 
-_SCHEMA_VERSION: Final = 4
+_SCHEMA_VERSION: Final = 5
 _SCHEMA: Final = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -31,7 +31,9 @@ _SCHEMA: Final = (
         error TEXT,
         cancel_requested INTEGER NOT NULL DEFAULT 0,
         furthest_step INTEGER NOT NULL DEFAULT 0,
-        num_ends INTEGER NOT NULL DEFAULT 0)""",
+        num_ends INTEGER NOT NULL DEFAULT 0,
+        round_id TEXT,
+        has_passed INTEGER NOT NULL DEFAULT 0)""",
     """CREATE TABLE samples (
         id TEXT PRIMARY KEY,
         job_id TEXT NOT NULL REFERENCES jobs (id),
@@ -77,6 +79,11 @@ _MIGRATIONS: Final = {
     3: (
         "INSERT INTO cell VALUES ('undone_until', 0)",
         "PRAGMA user_version = 4",
+    ),
+    4: (
+        "ALTER TABLE jobs ADD COLUMN round_id TEXT",
+        "ALTER TABLE jobs ADD COLUMN has_passed INTEGER NOT NULL DEFAULT 0",
+        "PRAGMA user_version = 5",
     ),
 }
 """What makes a ledger of an older format one of the next."""

@@ -31,20 +31,25 @@ from actors.messages import (
 )
 from actors.posted import TrainConfig
 from actors.rows import last_step, sample_columns, sample_of, total_steps
-from actors.taking_back import TakingBack
+from actors.trials import Trials
 
 
-class Ledger(TakingBack):
+class Ledger(Trials):
     """Every method that changes something is one transaction, on disk when it returns.
 
     Safe for threads; every call may wait for the disk, and for BUSY_TIMEOUT_S for another process.
     """
 
     def accept(
-        self, samples: Sequence[TrainingSample], config: TrainConfig, max_queued: int
+        self,
+        samples: Sequence[TrainingSample],
+        config: TrainConfig,
+        max_queued: int,
+        round_id: str | None = None,
     ) -> Acceptance:
         """Queue the samples as one job, except those accepted before; all of them or none.
 
+        The job is a client's, or that of the dream round which is named.
         If every sample was accepted before, the answer names the first one's job. Raises Conflict
         for a known id with other content, TooBusy where more than `max_queued` samples would wait,
         Unavailable if the disk is full.
@@ -53,7 +58,7 @@ class Ledger(TakingBack):
         assert all(sample.content_hash for sample in samples), "a sample carries its content's hash"
         try:
             with self._transaction():
-                return self._accept(samples, config, max_queued)
+                return self._accept(samples, config, max_queued, round_id)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
                 raise
@@ -63,10 +68,14 @@ class Ledger(TakingBack):
             ) from error
 
     def next_job(self) -> QueuedJob | None:
-        """The oldest job that is not at its end, as far as it came; None if there is none."""
+        """The oldest job that is not at its end, as far as it came; None if there is none.
+
+        A dream's job comes after all of the clients'.
+        """
         with self._lock:
             job = self._row(
-                "SELECT * FROM jobs WHERE state IN ('queued', 'training') ORDER BY seq LIMIT 1"
+                "SELECT * FROM jobs WHERE state IN ('queued', 'training') "
+                "ORDER BY round_id IS NOT NULL, seq LIMIT 1"
             )
             if job is None:
                 return None
@@ -78,6 +87,7 @@ class Ledger(TakingBack):
                 samples=tuple(sample_of(row) for row in rows),
                 config=TrainConfig.model_validate_json(job["config"]),
                 steps_done=self._num_steps(job["id"]),
+                round_id=job["round_id"],
             )
 
     def start_job(self, job_id: str, version: int) -> None:
@@ -213,7 +223,11 @@ class Ledger(TakingBack):
     # Below, the lock is held.
 
     def _accept(
-        self, samples: Sequence[TrainingSample], config: TrainConfig, max_queued: int
+        self,
+        samples: Sequence[TrainingSample],
+        config: TrainConfig,
+        max_queued: int,
+        round_id: str | None,
     ) -> Acceptance:
         fresh: dict[str, TrainingSample] = {}
         duplicates: list[str] = []
@@ -237,7 +251,7 @@ class Ledger(TakingBack):
                 f"{num_queued} samples are queued and {len(fresh)} more would exceed the bound of "
                 f"{max_queued}; nothing of this request was queued: send it later, or in parts"
             )
-        job_id = self._insert_job(tuple(fresh.values()), config)
+        job_id = self._insert_job(tuple(fresh.values()), config, round_id)
         return Acceptance(job_id, "queued", len(fresh), tuple(duplicates))
 
     def _accepted_before(self, duplicates: tuple[str, ...]) -> Acceptance:
@@ -247,12 +261,14 @@ class Ledger(TakingBack):
         assert job is not None, f"{duplicates[0]} has no job"
         return Acceptance(job["id"], job["state"], 0, duplicates)
 
-    def _insert_job(self, samples: tuple[TrainingSample, ...], config: TrainConfig) -> str:
+    def _insert_job(
+        self, samples: tuple[TrainingSample, ...], config: TrainConfig, round_id: str | None
+    ) -> str:
         job_id, now = f"job-{secrets.token_hex(8)}", time.time()
         self._db.execute(
-            "INSERT INTO jobs (id, created, state, config, num_samples, epochs) "
-            "VALUES (?, ?, 'queued', ?, ?, ?)",
-            (job_id, now, config.model_dump_json(), len(samples), config.epochs),
+            "INSERT INTO jobs (id, created, state, config, num_samples, epochs, round_id) "
+            "VALUES (?, ?, 'queued', ?, ?, ?, ?)",
+            (job_id, now, config.model_dump_json(), len(samples), config.epochs, round_id),
         )
         self._db.executemany(
             "INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

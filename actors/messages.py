@@ -40,6 +40,8 @@ class QueuedJob:
     config: TrainConfig
     steps_done: int
     """Steps that the weights already contain; the job resumes at this step."""
+    round_id: str | None = None
+    """The dream round that it belongs to: it gives way to clients and their jobs."""
 
     @property
     def total_steps(self) -> int:
@@ -155,6 +157,8 @@ class TrainerReport:
     """Number of tensors whose update it had to clip."""
     last_step_bytes: int | None = None
     """Most memory that the newest step took beyond what was there before it."""
+    on_trial: str | None = None
+    """The dream round whose steps are in the weights and have not passed the gate."""
     paused: str | None = None
     """What training waits for (a full disk); it goes on by itself."""
     reason: str | None = None
@@ -172,6 +176,8 @@ class Hold:
     has_optimizer: bool = False
     """Whether the optimizer's state lies at `CellPaths.optimizer`."""
     optimizer_step: int = 0
+    on_trial: str | None = None
+    """The dream round that these weights may not be kept with, until it has passed."""
 
 
 @dataclass(frozen=True)

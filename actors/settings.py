@@ -127,6 +127,84 @@ class JournalSettings(_Group):
     """Threads that copy the weights while the trainer waits."""
 
 
+class Budgets(_Group):
+    """What a dream round may do to the model; outside of one of them it is taken back."""
+
+    max_kl: float = Field(default=0.5, gt=0)
+    """KL divergence from the model before all dreams, on the canaries, in nats per token."""
+    max_kl_per_round: float = Field(default=0.25, gt=0)
+    """How much of that one round may add."""
+    min_entropy: float = Field(default=0.6, ge=0, le=1)
+    """Entropy of freely sampled tokens, as a share of the base's."""
+    max_repetition_rise: float = Field(default=0.2, ge=0, le=1)
+    """More repeated 4-grams in long answers than the base has, as a share of all."""
+    max_facts_drop: float = Field(default=0.15, ge=0, le=1)
+    """Simple questions that the base answers rightly and the model does not, as a share."""
+    max_pushback_drop: float = Field(default=0.1, ge=0, le=1)
+    """False claims that the base would rather refute and the model would not, as a share."""
+    max_success_drop: float = Field(default=0.25, ge=0, le=1)
+    """How far a behaviour that was not dreamt of may fall on its held-out scenarios."""
+
+
+class DreamSettings(_Group):
+    """The dream loop: when it runs, what a round is made of, and what stops it."""
+
+    when_idle: bool = False
+    """Dream by itself when nobody has asked anything for `idle_s`; else only on command."""
+    idle_s: float = Field(default=60, ge=0)
+    """Time without a request after which nobody is held to need the machine."""
+    yield_s: float = Field(default=2, ge=0)
+    """A dream that is interrupted by a request goes on this long after the last one."""
+    max_tokens_per_day: int = Field(default=2_000_000, ge=0)
+    """Tokens that dreams may have the model write or read in 24 hours."""
+    max_steps_per_day: int = Field(default=5_000, ge=0)
+    """Optimizer steps that dreams may make in 24 hours."""
+    max_seconds_per_day: float = Field(default=6 * 3600, ge=0)
+    """Time that dreams may take in 24 hours, waiting not counted."""
+    scenarios: int = Field(default=24, ge=2, le=512)
+    """Situations that a round invents."""
+    answers: int = Field(default=4, ge=1, le=64)
+    """Candidates for each of them, with the instruction in view."""
+    kept_per_scenario: int = Field(default=2, ge=1, le=64)
+    """Most answers to one situation that are learned."""
+    held_out: int = Field(default=16, ge=4, le=256)
+    """Situations of each behaviour that are only ever used to test it."""
+    rehearsal: float = Field(default=0.25, ge=0, le=1)
+    """Items of other behaviours, learned earlier, as a share of what is new."""
+    replay: float = Field(default=0.25, ge=0, le=1)
+    """The base's own answers to general prompts, as a share of what is new."""
+    min_divergence: float = Field(default=0.05)
+    """Below it (nats per token) an answer has nothing left to teach."""
+    max_divergence: float = Field(default=3.0)
+    """Above it an answer is too far from what the model would say without the instruction."""
+    objective: Literal["sft", "distill"] = "sft"
+    """What is learned of an answer: its tokens, or the whole distribution behind them."""
+    learning_rate: float = Field(default=2e-5, gt=0, le=1e-2)
+    """Of a round; halved when it is tried again."""
+    epochs: int = Field(default=2, ge=1, le=100)
+    """Passes over a round's items."""
+    is_gated: bool = True
+    """Whether a round outside a budget is taken back. Turn it off in experiments only."""
+    round_timeout_s: float = Field(default=3600, gt=0)
+    """Longest time of a round, waiting for an idle machine not counted."""
+    max_rounds_queued: int = Field(default=64, ge=1)
+    """Most rounds that may be asked for and not done."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of everything that a round draws."""
+    log_conversations: bool = False
+    """Keep exchanges, so that they can become candidates; the header x-reverie-log wins."""
+    budgets: Budgets = Budgets()
+
+    @model_validator(mode="after")
+    def _check_band(self) -> Self:
+        if self.min_divergence >= self.max_divergence:
+            raise ValueError(
+                f"min_divergence={self.min_divergence:g} is not below "
+                f"max_divergence={self.max_divergence:g}; nothing could be learned"
+            )
+        return self
+
+
 class LimitSettings(_Group):
     """What one request may ask for."""
 
@@ -180,6 +258,7 @@ class Settings(_Group):
     engine: EngineSettings = EngineSettings()
     trainer: TrainerSettings = TrainerSettings()
     journal: JournalSettings = JournalSettings()
+    dream: DreamSettings = DreamSettings()
     limits: LimitSettings = LimitSettings()
     cell: CellSettings = CellSettings()
 

@@ -94,6 +94,7 @@ class TakingBack(LedgerRows):
             "UPDATE samples SET state = ? WHERE job_id = ? AND state = 'trained' AND position >= ?",
             (state, job["id"], num_left - last_step(job, position=0)),
         )
+        self._db.execute("UPDATE jobs SET has_passed = 0 WHERE id = ?", (job["id"],))
         if job["state"] == "done":
             self._db.execute("UPDATE jobs SET state = 'queued' WHERE id = ?", (job["id"],))
 

@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import ray
 
@@ -34,18 +34,21 @@ from actors.messages import (
     TrainerReport,
 )
 from actors.pausing import paused_engine
-from actors.posted import TrainConfig, TrainRequest
+from actors.posted import TrainRequest
+from actors.progress import Progress
 from actors.recall import recall, write_optimizer
 from actors.settings import Settings
 from actors.teacher import ask_teacher
+from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from actors.waiting import Waiting
 
 if TYPE_CHECKING:
-    from apollo.learning.samples import Example, TopLogprobs
+    from apollo.learning.anchor import Anchor
+    from apollo.learning.samples import TopLogprobs
     from apollo.learning.step import Learner
 
-IDLE_WAIT_S: Final = 1.0
+IDLE_WAIT_S: Final = 1
 STOP_TIMEOUT_S: Final = 60
 
 
@@ -69,23 +72,18 @@ class Trainer:
         self._paths = paths
         self._versions = VersionCounter(paths.versions, is_writable=True)
         self._barrier = StepBarrier()
-        self._wake = threading.Event()
-        self._stopping = threading.Event()
+        self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._ledger: Ledger
         self._learner: Learner
         self._encoder: Encoder
-        self._canaries: list[Example] = []
-        """What this job's anchor holds on to, recorded when it began, or began again."""
+        self._anchor: Anchor | None = None
+        """This job's hold on what the model was when it began, or began again."""
         self._teachings: dict[str, TopLogprobs] = {}
         """What the teacher said of this job's samples, when each was first trained."""
-        self._num_tensors = 0
-        self._weights_bytes = 0
-        self._job_id: str | None = None
-        self._steps = 0
-        self._last_loss: float | None = None
-        self._last_step_s: float | None = None
-        self._last_update: dict[str, Any] = {}
+        self._num_tensors = self._weights_bytes = 0
+        self._progress = Progress()
+        self._traffic = Traffic(paths.traffic)
         self._waiting = Waiting(self._stopping)
         self._num_returns = 0
         self._reason: str | None = None
@@ -139,18 +137,25 @@ class Trainer:
     # Control: answered while a step runs.
 
     @ray.method(concurrency_group="control")
-    def submit(self, request: TrainRequest) -> Acceptance:
-        """Queue all samples of a request, durably, or none; a ReverieError says why not."""
+    def submit(self, request: TrainRequest, round_id: str | None = None) -> Acceptance:
+        """Queue all samples of a request, durably, or none; a ReverieError says why not.
+
+        Those of a dream round give way to clients, and are on trial until `pass_round`.
+        """
         self._encoder.check(request.config)
         samples = [
             self._encoder.encode(sample, at, request.config)
             for at, sample in enumerate(request.samples)
         ]
-        accepted = self._ledger.accept(
-            samples, request.config, self._settings.trainer.max_queued_samples
-        )
+        limit = self._settings.trainer.max_queued_samples
+        accepted = self._ledger.accept(samples, request.config, limit, round_id)
         self._wake.set()
         return accepted
+
+    @ray.method(concurrency_group="control")
+    def pass_round(self, round_id: str) -> None:
+        """The gate has let a dream round pass: what it taught may be kept."""
+        self._ledger.pass_round(round_id)
 
     @ray.method(concurrency_group="control")
     def job(self, job_id: str) -> JobView:
@@ -188,11 +193,8 @@ class Trainer:
             weights_bytes=self._weights_bytes,
             state_bytes=self._learner.optimizer.size_bytes(),
             queued_samples=self._ledger.queued_samples(),
-            job_id=self._job_id,
-            steps=self._steps,
-            last_loss=self._last_loss,
-            last_step_s=self._last_step_s,
-            **self._last_update,
+            **self._progress.as_fields(),
+            on_trial=self._ledger.on_trial(),
             paused=self._waiting.reason,
             reason=self._reason or (None if is_alive else "the training thread ended"),
         )
@@ -211,11 +213,12 @@ class Trainer:
             if self._spoiled is not None:
                 raise Unavailable(f"{self._spoiled}; the cell restarts from the last generation")
             version, optimizer = self._versions.weights_version, self._learner.optimizer
-            is_written = with_optimizer and bool(optimizer.state)
+            on_trial = self._ledger.on_trial()
+            is_written = with_optimizer and bool(optimizer.state) and on_trial is None
             if is_written:
                 write_optimizer(optimizer, Path(self._paths.optimizer))
             unused = max(self._ledger.next_version(), version + 1)
-            return Hold(token, version, unused, is_written, optimizer.num_steps)
+            return Hold(token, version, unused, is_written, optimizer.num_steps, on_trial)
         except Exception as error:
             self._barrier.release(token)
             raise Unavailable(f"the trainer cannot be held: {in_words(error)}") from None
@@ -274,6 +277,7 @@ class Trainer:
 
     def _run(self, job: QueuedJob, num_returns: int = 0) -> None:
         """Train one job to its end, its failure, its cancellation, or the trainer's stop."""
+        from apollo.learning.anchor import Anchor
         from apollo.learning.step import NonFiniteLoss, StepTooLong
 
         try:
@@ -281,14 +285,16 @@ class Trainer:
             self._waiting.for_room(lambda: self._ledger.start_job(job.job_id, version))
         except Conflict:
             return  # It was cancelled just before.
-        self._job_id, self._steps = job.job_id, job.steps_done
+        self._progress.job_id, self._progress.steps = job.job_id, job.steps_done
         self._teachings.clear()
-        self._canaries = self._record(job.config)
+        self._anchor = None
+        if (strength := job.config.anchor) > 0:
+            self._anchor = Anchor(self._learner.module, self._encoder.tokenizer, strength)
         state: EndState = "done"
         error = None
         try:
             for index in range(job.steps_done, job.total_steps):
-                if self._stopping.is_set():
+                if self._gives_way(job) or self._stopping.is_set():
                     return
                 if self._ledger.is_cancel_requested(job.job_id):
                     state = "cancelled"
@@ -310,7 +316,7 @@ class Trainer:
             self._versions.weights_version += 1  # Of those reserved: it is another state now.
             self._stopping.set()
         finally:
-            self._job_id = None
+            self._progress.job_id = None
         with self._barrier.step():
             if self._num_returns != num_returns:
                 return
@@ -324,8 +330,7 @@ class Trainer:
         from apollo.learning.samples import Example
         from apollo.learning.step import NonFiniteLoss, StepTooLong
 
-        sample = job.samples[index % len(job.samples)]
-        config = job.config
+        sample, config = job.samples[index % len(job.samples)], job.config
         if config.objective == "distill" and sample.id not in self._teachings:
             model = Path(self._paths.model_dir).name
             self._teachings[sample.id] = ask_teacher(self._paths.socket, model, sample)
@@ -349,7 +354,7 @@ class Trainer:
                     config.learning_rate * warm_up,
                     objective=config.objective,
                     grad_context=config.grad_context,
-                    anchor=self._anchor(config, index),
+                    anchor=self._anchor.at(index) if self._anchor else None,
                     deadline_s=self._settings.trainer.step_deadline_s,
                     before_writing=self._versions.begin_writing,
                 )
@@ -364,13 +369,7 @@ class Trainer:
             step = (job.job_id, index, sample.id, version, report.loss, seconds)
             self._waiting.for_room(lambda: self._ledger.record_step(*step))
             self._spoiled = None
-        self._steps, self._last_loss, self._last_step_s = index + 1, report.loss, seconds
-        self._last_update = {
-            "last_update_rms": report.update_rms,
-            "last_changed": report.changed,
-            "last_limited": report.num_limited,
-            "last_step_bytes": report.peak_bytes,
-        }
+        self._progress.note(index + 1, report, seconds)
         if report.skipped:
             raise StepFailed(
                 f"step {index + 1}, sample {sample.id}: the gradient of {report.skipped[0]} is not "
@@ -382,18 +381,20 @@ class Trainer:
             lambda: self._ledger.is_cancel_requested(job.job_id),
         )
 
+    def _gives_way(self, job: QueuedJob) -> bool:
+        """Whether a dream's job must let a client's go first; blocks while clients are answered."""
+        if job.round_id is None:
+            return False
+        has_clients = self._ledger.has_client_jobs
+        self._waiting.until(
+            lambda: (
+                self._traffic.idle_s() >= self._settings.dream.yield_s
+                or has_clients()
+                or self._ledger.is_cancel_requested(job.job_id)
+            )
+        )
+        return has_clients()
+
     def _quiet(self) -> AbstractContextManager[None]:
         trainer = self._settings.trainer
         return paused_engine(trainer.step_deadline_s) if trainer.pause_engine else nullcontext()
-
-    def _record(self, config: TrainConfig) -> list["Example"]:
-        from apollo.learning.anchor import record_canaries
-
-        if not config.anchor:
-            return []
-        return record_canaries(self._learner.module, self._encoder.tokenizer)
-
-    def _anchor(self, config: TrainConfig, index: int) -> "tuple[Example, float] | None":
-        if not self._canaries:
-            return None
-        return self._canaries[index % len(self._canaries)], config.anchor

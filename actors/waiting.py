@@ -8,6 +8,7 @@ from typing import Final
 
 DISK_RETRY_S: Final = 2.0
 REST_SLICE_S: Final = 0.5
+LOOK_INTERVAL_S: Final = 0.1
 
 
 class Waiting:
@@ -45,6 +46,11 @@ class Waiting:
         """Wait while nothing that is learned could be kept."""
         while self.nothing_kept is not None and not self._stopping.is_set():
             self._stopping.wait(REST_SLICE_S)
+
+    def until(self, may_go_on: Callable[[], bool]) -> None:
+        """Wait for something that is looked at often."""
+        while not may_go_on() and not self._stopping.wait(LOOK_INTERVAL_S):
+            pass
 
     def rest(self, seconds: float, duty: float, is_over: Callable[[], bool]) -> None:
         """Sleep so that `duty` of the time is spent computing; `is_over` ends the sleep."""

@@ -41,6 +41,7 @@ class ScriptedTrainer:
         self.waits_for: list[str | None] = []
         self.restored: list[Return] = []
         self.is_gone = self.is_deaf = self.has_optimizer = False
+        self.on_trial: str | None = None
         self.held = 0
         self.token = ""
 
@@ -57,7 +58,10 @@ class ScriptedTrainer:
         self.held += 1
         version = self.versions.weights_version
         self.token = token
-        return Hold(token, version, version + 1, self.has_optimizer)
+        return Hold(token, version, version + 1, self.has_optimizer, on_trial=self.on_trial)
+
+    def _report(self) -> Any:
+        return SimpleNamespace(on_trial=self.on_trial)
 
     def _release(self, token: str) -> bool:
         self.held -= token == self.token
@@ -77,6 +81,7 @@ class ScriptedTrainer:
     def __getattr__(self, name: str) -> Any:
         methods: dict[str, Callable[..., Any]] = {
             "hold": self._hold,
+            "report": self._report,
             "release": self._release,
             "wait_for_room": self._wait,
             "restore": self._restore,
@@ -124,6 +129,30 @@ def newest(made: Any) -> State:
     """What a restart would begin with."""
     open_journal(made.disk, NAME)
     return load_public(made.disk)
+
+
+def test_what_a_dream_taught_is_not_kept_before_it_has_passed(made: Any) -> None:
+    made.trainer.learn()
+    made.trainer.on_trial = "round-1"
+    threading.Thread(target=made.actor._keep, daemon=True).start()
+    made.actor._committed_at -= 60
+    with pytest.raises(Unavailable, match="dream round round-1 is on trial.*try again later"):
+        commit(made)
+    time.sleep(0.1)
+    assert made.actor._describe().generation == 0 and made.trainer.held == 0
+    assert made.actor._paused is None and made.actor._reason is None
+    made.trainer.on_trial = None
+    wait_for(lambda: made.actor._describe().generation == 1)
+    assert is_same(newest(made), made.trainer.state)
+
+
+def test_a_return_takes_a_dream_on_trial_with_it(made: Any) -> None:
+    before = dict(made.trainer.state)
+    made.trainer.learn()
+    made.trainer.on_trial = "round-1"
+    made.actor.roll_back(RollbackRequest(generation=0))
+    assert made.actor._describe().generation == 1
+    assert is_same(newest(made), before)
 
 
 def test_what_is_learned_is_kept_and_published_by_the_clock(made: Any) -> None:

@@ -16,6 +16,7 @@ from actors.ledger import Ledger
 from actors.messages import CellPaths, JobView, TrainingSample
 from actors.posted import TrainConfig
 from actors.settings import Settings, TrainerSettings
+from actors.traffic import Traffic
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
 from apollo.learning.step import NonFiniteLoss, StepReport
@@ -49,6 +50,7 @@ class ScriptedLearner:
 def trainer(tmp_path: Path) -> Iterator[Trainer]:
     paths = CellPaths(str(tmp_path), str(tmp_path), str(tmp_path / "ledger.sqlite"))
     VersionCounter.create(paths.versions)
+    Traffic.create(paths.traffic)
     made = Trainer(Settings(trainer=TrainerSettings(nice=0)), paths)
     made._ledger = Ledger(paths.ledger)
     yield made

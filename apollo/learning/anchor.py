@@ -66,6 +66,19 @@ def encode_canaries(
     return [encode_chat(tokenizer, pair) for pair in turns]
 
 
+class Anchor:
+    """A job's hold on what the model was when it began."""
+
+    def __init__(self, module: "PreTrainedModel", tokenizer: Any, strength: float) -> None:
+        """Blocks for a forward pass of each canary."""
+        self._strength = strength
+        self._canaries = record_canaries(module, tokenizer)
+
+    def at(self, step: int) -> tuple[Example, float]:
+        """The canary of a step, with the strength."""
+        return self._canaries[step % len(self._canaries)], self._strength
+
+
 def _top(module: "PreTrainedModel", example: Example) -> TopLogprobs:
     ids = torch.tensor([example.context_ids + example.continuation_ids], device=module.device)
     with torch.no_grad():

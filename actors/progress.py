@@ -1,0 +1,30 @@
+"""What the training thread has done last, for the trainer's report."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apollo.learning.step import StepReport
+
+
+@dataclass
+class Progress:
+    """Fields of a TrainerReport; written by the training thread, read by any."""
+
+    job_id: str | None = None
+    steps: int = 0
+    last_loss: float | None = None
+    last_step_s: float | None = None
+    last_update_rms: float | None = None
+    last_changed: float | None = None
+    last_limited: int | None = None
+    last_step_bytes: int | None = None
+
+    def note(self, steps: int, report: "StepReport", seconds: float) -> None:
+        """A step was made, and recorded."""
+        self.steps, self.last_loss, self.last_step_s = steps, report.loss, seconds
+        self.last_update_rms, self.last_changed = report.update_rms, report.changed
+        self.last_limited, self.last_step_bytes = report.num_limited, report.peak_bytes
+
+    def as_fields(self) -> dict[str, Any]:
+        return asdict(self)
