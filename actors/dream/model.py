@@ -67,8 +67,17 @@ class LiveModel(Protocol):
         """`n` continuations of a text, each ended before the first of `stop`."""
         ...
 
-    async def logprobs(self, messages: Sequence[Message], answer: str) -> tuple[float, ...]:
-        """Of each token of `answer` after `messages`, its end of turn included, in nats."""
+    async def logprobs(
+        self, messages: Sequence[Message], answer: str | Sequence[int]
+    ) -> tuple[float, ...]:
+        """Of each token of `answer` after `messages`, in nats.
+
+        A text includes the end of its turn; token ids are taken as they are.
+        """
+        ...
+
+    async def prefer(self, prompt: str, options: Sequence[str]) -> tuple[float, ...]:
+        """Log-probability of each option, in nats, as the continuation of a text."""
         ...
 
 
@@ -155,6 +164,10 @@ class EngineModel:
             raise InvalidRequest("the chat template does not put the answer after its context")
         return [*whole[len(context) : -num_ends], self._ends[0]]
 
+    async def _tokenize_text(self, text: str) -> list[int]:
+        tokens: list[int] = (await self._post("/tokenize", {"prompt": text}))["tokens"]
+        return tokens
+
     async def _tokenize(self, messages: Sequence[Message], *, has_answer: bool) -> list[int]:
         asked = {"messages": list(messages), "add_generation_prompt": not has_answer}
         tokens: list[int] = (await self._post("/tokenize", asked))["tokens"]
@@ -163,7 +176,9 @@ class EngineModel:
     async def _generate(
         self, route: str, asked: dict[str, Any], n: int, temperature: float, seed: int | None
     ) -> Any:
-        sampling = {"n": n, "temperature": temperature, "return_token_ids": True}
+        # Whatever the model's own defaults are: what is drawn comes from its whole distribution.
+        whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        sampling = {"n": n, "temperature": temperature, "return_token_ids": True, **whole}
         if seed is not None:
             sampling["seed"] = seed
         return await self._post(route, asked | sampling)

@@ -1,0 +1,236 @@
+"""The gate: what a round has done to the model, measured against the model before all dreams.
+
+    before the first round: record    the base's answers to the canaries, as likely as it held them
+    after each round:       measure   -> faults(base, before, after, budgets) -> () passes
+
+Knows the live model and the canaries; what follows from a fault is the round's business.
+"""
+
+import asyncio
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from statistics import fmean
+from typing import Any, Final
+
+from actors.dream.library import Canary, Pushback
+from actors.dream.model import Answer, LiveModel, Message
+from actors.settings import Budgets
+
+SHORT_TOKENS: Final = 24
+LONG_TOKENS: Final = 64
+NUM_FREE: Final = 16
+"""Long canaries that are answered anew each time, for entropy and repetition."""
+NGRAM: Final = 4
+SEED: Final = 20
+MAX_LOG_RATIO: Final = 20.0
+"""Bounds one token's share of the estimate; its exponential would swamp every other token."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The base's own answer to one canary."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the model is like."""
+
+    kl: float
+    """KL(base || now) on the base's own answers to the canaries, in nats per token."""
+    kl_short: float
+    kl_long: float
+    entropy: float
+    """Mean of -log p of freely sampled tokens, in nats."""
+    repetition: float
+    """Share of the word 4-grams in greedy long answers that came before in the same answer."""
+    facts: float
+    """Share of the short canaries that are answered rightly."""
+    pushback: float
+    """Share of false claims whose refutation is likelier than agreement."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The base: what every later measurement is held against."""
+
+    weights_version: int
+    answers: tuple[Recorded, ...]
+    """One for each canary, in the library's order."""
+    measured: Measurement
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Record":
+        answers = tuple(
+            Recorded(tuple(each["token_ids"]), tuple(each["logprobs"])) for each in row["answers"]
+        )
+        return cls(row["weights_version"], answers, Measurement(**row["measured"]))
+
+
+@dataclass
+class Gate:
+    """Measures one live model."""
+
+    model: LiveModel
+    canaries: Sequence[Canary]
+    pushback: Sequence[Pushback]
+
+    async def record(self, weights_version: int) -> Record:
+        """Let the model answer the canaries, and keep what it holds of its own answers."""
+        drawn = await asyncio.gather(
+            *(self._draw(each, SEED + at) for at, each in enumerate(self.canaries))
+        )
+        answers = await asyncio.gather(
+            *(self._keep(each, answer) for each, answer in zip(self.canaries, drawn, strict=True))
+        )
+        measured = await self._measure(tuple(answers))
+        return Record(weights_version, tuple(answers), measured)
+
+    async def measure(self, record: Record) -> Measurement:
+        """The model as it is now, against the record."""
+        return await self._measure(record.answers)
+
+    async def _draw(self, canary: Canary, seed: int) -> Answer:
+        max_tokens = SHORT_TOKENS if canary.kind == "short" else LONG_TOKENS
+        (answer,) = await self.model.answer(
+            _asks(canary), temperature=1.0, max_tokens=max_tokens, seed=seed
+        )
+        return answer
+
+    async def _keep(self, canary: Canary, answer: Answer) -> Recorded:
+        return Recorded(
+            answer.token_ids, await self.model.logprobs(_asks(canary), answer.token_ids)
+        )
+
+    async def _measure(self, answers: tuple[Recorded, ...]) -> Measurement:
+        short, long = await self._divergences(answers)
+        free = [each for each in self.canaries if each.kind == "long"][:NUM_FREE]
+        drawn = await asyncio.gather(
+            *(self._draw(each, SEED - 1 - at) for at, each in enumerate(free))
+        )
+        greedy = await asyncio.gather(*(self._greedy(each, LONG_TOKENS) for each in free))
+        return Measurement(
+            kl=fmean(chain(short, long)),
+            kl_short=fmean(short),
+            kl_long=fmean(long),
+            entropy=-fmean(answer.mean_logprob for answer in drawn),
+            repetition=fmean(repeated_share(answer.text) for answer in greedy),
+            facts=await self._facts(),
+            pushback=fmean(await asyncio.gather(*map(self._refutes, self.pushback))),
+        )
+
+    async def _divergences(self, answers: tuple[Recorded, ...]) -> tuple[list[float], list[float]]:
+        """For every token of the base's short and of its long answers."""
+        now = await asyncio.gather(
+            *(
+                self.model.logprobs(_asks(each), recorded.token_ids)
+                for each, recorded in zip(self.canaries, answers, strict=True)
+            )
+        )
+        found: dict[str, list[float]] = {"short": [], "long": []}
+        for each, recorded, logprobs in zip(self.canaries, answers, now, strict=True):
+            found[each.kind] += map(divergence, recorded.logprobs, logprobs)
+        return found["short"], found["long"]
+
+    async def _facts(self) -> float:
+        short = [each for each in self.canaries if each.must_match is not None]
+        answers = await asyncio.gather(*(self._greedy(each, SHORT_TOKENS) for each in short))
+        return fmean(
+            re.search(each.must_match or "", answer.text, re.IGNORECASE) is not None
+            for each, answer in zip(short, answers, strict=True)
+        )
+
+    async def _greedy(self, canary: Canary, max_tokens: int) -> Answer:
+        (answer,) = await self.model.answer(_asks(canary), max_tokens=max_tokens)
+        return answer
+
+    async def _refutes(self, claim: Pushback) -> bool:
+        asked = [{"role": "user", "content": claim.prompt}]
+        refute, agree = await asyncio.gather(
+            self.model.logprobs(asked, claim.refute), self.model.logprobs(asked, claim.agree)
+        )
+        return fmean(refute) > fmean(agree)
+
+
+def divergence(base: float, now: float) -> float:
+    """One token's share of KL(base || now), for a token that the base has drawn, in nats.
+
+    (r - 1) - log r with r = p_now / p_base: unbiased, and never negative, unlike -log r alone
+    (the estimator k3 of J. Schulman, "Approximating KL Divergence", 2020).
+    """
+    log_ratio = max(-MAX_LOG_RATIO, min(MAX_LOG_RATIO, now - base))
+    return math.expm1(log_ratio) - log_ratio
+
+
+def repeated_share(text: str) -> float:
+    """Share of a text's word 4-grams that came before in it; 0 for a shorter text."""
+    words = text.lower().split()
+    grams = Counter(tuple(words[at : at + NGRAM]) for at in range(len(words) - NGRAM + 1))
+    total = grams.total()
+    return (total - len(grams)) / total if total else 0.0
+
+
+def faults(
+    base: Measurement,
+    before: Measurement,
+    after: Measurement,
+    budgets: Budgets,
+    success: dict[str, tuple[float, float]],
+) -> tuple[str, ...]:
+    """Why the round must not stay; () if it may.
+
+    `before` is the measurement at the round's start, so that a budget which earlier rounds have
+    used up in part is not charged twice; `success` has each behaviour's share before and after.
+    """
+    checks = [
+        (
+            after.kl > budgets.max_kl,
+            f"KL to the base {after.kl:.3f} nats per token, at most {budgets.max_kl:g}",
+        ),
+        (
+            after.kl - before.kl > budgets.max_kl_per_round,
+            f"KL to the base rose by {after.kl - before.kl:.3f} nats per token in one round, at "
+            f"most {budgets.max_kl_per_round:g}",
+        ),
+        (
+            after.entropy < budgets.min_entropy * base.entropy,
+            f"entropy {after.entropy:.2f} nats, at least {budgets.min_entropy:g} of the base's "
+            f"{base.entropy:.2f}",
+        ),
+        (
+            after.repetition > base.repetition + budgets.max_repetition_rise,
+            f"{after.repetition:.0%} of long answers repeats itself, {base.repetition:.0%} at the "
+            f"base, at most {budgets.max_repetition_rise:.0%} more",
+        ),
+        (
+            after.facts < base.facts - budgets.max_facts_drop,
+            f"{after.facts:.0%} of simple facts right, {base.facts:.0%} at the base, at most "
+            f"{budgets.max_facts_drop:.0%} fewer",
+        ),
+        (
+            after.pushback < base.pushback - budgets.max_pushback_drop,
+            f"{after.pushback:.0%} of false claims refuted, {base.pushback:.0%} at the base, at "
+            f"most {budgets.max_pushback_drop:.0%} fewer",
+        ),
+    ]
+    found = [words for is_out, words in checks if is_out]
+    for name, (was, now) in success.items():
+        if now < was - budgets.max_success_drop:
+            found.append(
+                f"{name}: success on held-out scenarios fell from {was:.0%} to {now:.0%}, at most "
+                f"{budgets.max_success_drop:.0%} is allowed"
+            )
+    return tuple(found)
+
+
+def _asks(canary: Canary) -> list[Message]:
+    return [{"role": "user", "content": canary.prompt}]
