@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import get_args
 
-from actors.errors import Conflict, NotFound, TooBusy, Unavailable
+from actors.errors import Conflict, NotFound, SettingsError, TooBusy, Unavailable
 from actors.messages import (
     Acceptance,
     EndState,
@@ -39,6 +39,22 @@ class Ledger(Trials):
 
     Safe for threads; every call may wait for the disk, and for BUSY_TIMEOUT_S for another process.
     """
+
+    def claim(self, adopted: float) -> None:
+        """Tie this ledger to the adoption (its time) that its steps build on.
+
+        Raises SettingsError where it belongs to another one: to teach its samples to a model that
+        was adopted anew would bring back what somebody removed.
+        """
+        with self._transaction() as db:
+            known = self._row("SELECT value FROM cell WHERE key = 'adopted'")
+            if known is None:
+                db.execute("INSERT INTO cell VALUES ('adopted', ?)", (adopted,))
+            elif known["value"] != adopted:
+                raise SettingsError(
+                    "the model was adopted anew, but its ledger is that of the one before; move "
+                    "REVERIE_HOME/state/NAME away to start afresh"
+                )
 
     def accept(
         self,

@@ -5,6 +5,7 @@ from typing import Final
 
 from actors.database import Database
 from actors.errors import Conflict, NotFound
+from actors.ledger_schema import MIGRATIONS, SCHEMA
 from actors.messages import JobState, JobView
 from actors.rows import view_of
 
@@ -14,6 +15,10 @@ MAX_LOSS_HISTORY: Final = 1000
 
 class LedgerRows(Database):
     """Jobs, samples, steps and counters, one at a time."""
+
+    NOUN = "ledger"
+    SCHEMA = SCHEMA
+    MIGRATIONS = MIGRATIONS
 
     def _end(self, job_id: str, state: JobState, version: int | None, error: str | None) -> None:
         self._db.execute(
