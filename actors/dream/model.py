@@ -42,6 +42,11 @@ class Answer:
 class LiveModel(Protocol):
     """What dreams need of a model. Each call raises Unavailable, or InvalidRequest if refused."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read and written so far."""
+        ...
+
     async def answer(
         self,
         messages: Sequence[Message],
@@ -103,6 +108,11 @@ class EngineModel:
         )
         self._slots = asyncio.Semaphore(MAX_ONGOING)
         self._ends: tuple[int, ...] | None = None
+        self._num_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -193,7 +203,9 @@ class EngineModel:
             raise InvalidRequest(f"vLLM refused it: {_reason(reply)}")
         if reply.status_code != 200:
             raise Unavailable(f"the model answered {reply.status_code}")
-        return reply.json()
+        answer = reply.json()
+        self._num_tokens += answer.get("usage", {}).get("total_tokens", 0)
+        return answer
 
 
 def _answer(choice: dict[str, Any], text: str | None) -> Answer:

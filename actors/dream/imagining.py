@@ -1,0 +1,219 @@
+"""A round's first half: situations, answers, verdicts, and which of them are worth learning.
+
+    seed -> scenario -> candidates with the instruction -> filters -> judge -> divergence -> kept
+                     -> one without it, to look at beside them
+
+A scenario is saved when all that was found of it is known: what is interrupted goes on after the
+last one that was saved. Knows no trainer and no gate.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from actors.dream import filters, library, scenario
+from actors.dream.behaviour import Behaviour
+from actors.dream.judge import judge
+from actors.dream.model import Answer, LiveModel, Message, divergence
+from actors.dream.records import Item, Round
+from actors.dream.scenario import Seed
+from actors.dream.store import DreamStore
+from actors.errors import InvalidRequest
+from actors.settings import DreamSettings
+
+SEEDS_PER_ROUND: Final = 10_000
+"""Numbers of the draws of one round, so that no two rounds share one."""
+MAX_TRIES: Final = 4
+"""Times as many scenarios as are wanted for testing may be written until there are enough."""
+NO_MEMORIES: Final = ("I live in a small town.", "I like to learn new things.")
+"""What scenarios are made from while there are no memories."""
+
+
+@dataclass
+class Imagination:
+    """Invents for one behaviour."""
+
+    model: LiveModel
+    store: DreamStore
+    settings: DreamSettings
+    behaviour: Behaviour
+    tell: Callable[[str, int, int], None]
+    """Told a stage, how many are done, and of how many."""
+
+    @property
+    def instruction(self) -> list[Message]:
+        return [{"role": "system", "content": self.behaviour.instruction}]
+
+    # Situations for testing.
+
+    async def held_out(self) -> list[str]:
+        """The situations that this behaviour is tested on; written when first asked for."""
+        known = [each.situation for each in self.store.held_out(self.behaviour.name)]
+        if len(known) >= self.settings.held_out:
+            return known
+        wanted = self.settings.held_out
+        numbers = range(self.settings.seed, self.settings.seed + MAX_TRIES * wanted)
+        written = await self._write(numbers, temperature=1.0)
+        for number, text in written.items():
+            if len(known) < wanted and self._fault(text, known) is None:
+                known.append(text)
+                item = Item(
+                    f"held-{self.behaviour.name}-{number}",
+                    "",
+                    self.behaviour.name,
+                    "held_out",
+                    text,
+                    "",
+                    is_kept=False,
+                )
+                self.store.save_items([item])
+        return known
+
+    # Situations for learning.
+
+    async def imagine(self, of: Round) -> list[Item]:
+        """All items of the round; those that were saved by an earlier try are not made again."""
+        saved = self.store.items(of.id)
+        done = {item.scenario for item in saved}
+        first = self.settings.seed + SEEDS_PER_ROUND * of.number
+        numbers = [
+            number for number in range(first, first + self.settings.scenarios) if number not in done
+        ]
+        self.tell("scenarios", 0, len(numbers))
+        written = await self._write(numbers, of.temperature)
+        apart = await self.held_out() + [item.situation for item in saved]
+        asked = []
+        for number, text in written.items():
+            fault = self._fault(text, apart)
+            apart.append(text)
+            if fault is None:
+                asked.append(self._answers(of, number, text))
+            else:
+                dropped = self._item(of, number, 0, text, "", f"scenario: {fault}")
+                self.store.save_items([dropped])
+        for count, finished in enumerate(asyncio.as_completed(asked), 1):
+            self.store.save_items(await finished)
+            self.tell("answers", count, len(asked))
+        return self.store.items(of.id)
+
+    async def _write(self, numbers: Sequence[int], temperature: float) -> dict[int, str]:
+        memories = [memory.text for memory in self.store.memories()] or list(NO_MEMORIES)
+        examples = [
+            each
+            for each in library.scenario_examples()
+            if (each.topic is None) == (self.behaviour.topic is None)
+        ]
+
+        async def one(number: int) -> tuple[int, str]:
+            seed = scenario.collide(memories, number, random.Random(number))
+            text = await scenario.write(self.model, seed, self.behaviour, examples, temperature)
+            return number, text
+
+        return dict(await asyncio.gather(*map(one, numbers)))
+
+    def _fault(self, text: str, others: Sequence[str]) -> str | None:
+        return (
+            scenario.fault(text)
+            or filters.leak(text, self.behaviour.instruction)
+            or filters.near_duplicate(text, others)
+        )
+
+    async def _answers(self, of: Round, number: int, text: str) -> list[Item]:
+        """What became of each answer to one situation; the one without the instruction is first."""
+        asks: list[Message] = [{"role": "user", "content": text}]
+        most = self.behaviour.max_tokens
+        try:
+            (plain,), found = await asyncio.gather(
+                self.model.answer(asks, max_tokens=most),
+                self.model.answer(
+                    [*self.instruction, *asks],
+                    n=self.settings.answers,
+                    temperature=of.temperature,
+                    max_tokens=most,
+                    seed=number,
+                ),
+            )
+        except InvalidRequest as error:
+            return [self._item(of, number, 0, text, "", str(error))]
+        verdict = await self._judge(text, plain.text)
+        shows = "shows it" if verdict is None else f"does not show it ({verdict})"
+        items = [self._item(of, number, 0, text, plain.text, f"without the instruction: {shows}")]
+        for at, answer in enumerate(found, 1):
+            before = [item.answer for item in items[1:]]
+            items.append(await self._weigh(of, number, at, text, answer, before))
+        return self._keep_likeliest(items)
+
+    async def _weigh(
+        self, of: Round, number: int, at: int, text: str, answer: Answer, before: Sequence[str]
+    ) -> Item:
+        made = self._item(of, number, at, text, answer.text, None)
+        reason = (
+            (None if answer.is_finished else "it did not come to its end")
+            or filters.leak(answer.text, self.behaviour.instruction)
+            or filters.repetition(answer.text)
+            or filters.near_duplicate(answer.text, before)
+            or await self._judge(text, answer.text)
+        )
+        if reason is not None:
+            return replace(made, reason=reason)
+        asks: list[Message] = [{"role": "user", "content": text}]
+        shown, hidden = await divergence(self.model, self.instruction, asks, answer.text)
+        low, high = self.settings.min_divergence, self.settings.max_divergence
+        reason = filters.divergence(shown, hidden, low, high)
+        return replace(made, shown=shown, hidden=hidden, is_kept=reason is None, reason=reason)
+
+    async def _judge(self, text: str, answer: str) -> str | None:
+        """Why the answer does not show the behaviour; None if it does."""
+        examples = library.judge_examples()
+        verdict = await judge(self.model, self.behaviour, text, answer, examples)
+        return None if verdict.is_good else "; ".join(verdict.reasons)
+
+    def _keep_likeliest(self, items: list[Item]) -> list[Item]:
+        kept = sorted(
+            (item for item in items if item.is_kept), key=lambda item: -(item.shown or 0.0)
+        )
+        too_many = {item.id for item in kept[self.settings.kept_per_scenario :]}
+        return [
+            replace(item, is_kept=False, reason="likelier answers to it are learned")
+            if item.id in too_many
+            else item
+            for item in items
+        ]
+
+    def _item(
+        self, of: Round, number: int, at: int, text: str, answer: str, reason: str | None
+    ) -> Item:
+        seed: Seed = scenario.collide(
+            [memory.text for memory in self.store.memories()] or list(NO_MEMORIES),
+            number,
+            random.Random(number),
+        )
+        return Item(
+            id=f"{of.id}-{number}-{at}",
+            round_id=of.id,
+            behaviour=self.behaviour.name,
+            kind="new",
+            situation=text,
+            answer=answer,
+            is_kept=False,
+            reason=reason,
+            scenario=number,
+            memories=seed.memories,
+        )
+
+    # Testing.
+
+    async def success(self) -> float:
+        """Share of the held-out situations in which it shows, greedily, without the instruction."""
+        situations = await self.held_out()
+        assert situations, f"{self.behaviour.name}: no situation for testing could be written"
+        shows = await asyncio.gather(*map(self._shows, situations))
+        return sum(shows) / len(shows)
+
+    async def _shows(self, text: str) -> bool:
+        (answer,) = await self.model.answer(
+            [{"role": "user", "content": text}], max_tokens=self.behaviour.max_tokens
+        )
+        return await self._judge(text, answer.text) is None
