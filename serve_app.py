@@ -10,57 +10,34 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any, Final
 
-import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
-from actors.calls import within
-from actors.cell import connect
-from actors.ending import NAMESPACE
 from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieError, Unavailable
-from actors.messages import CellReport, JobView
+from actors.messages import JobView
 from actors.posted import MAX_ID_CHARS, CheckpointRequest, RollbackRequest, TrainRequest
 from actors.settings import Settings
-from actors.traffic import Traffic
-from actors.versions import VersionCounter
-from door.keys import KeyStore, Scope, require_loopback
-from door.limits import Slots, parse, read_body, require_json
+from door.base import body_of
+from door.dream_routes import DreamRoutes
+from door.dream_routes import router as dream_router
 from door.metrics import render
-from door.proxy import EngineProxy
 from door.views import as_json, job_as_json, status_as_json
 
-POLL_INTERVAL_S: Final = 0.5
-POLL_TIMEOUT_S: Final = 5
 EVENT_INTERVAL_S: Final = 0.25
 MAX_JOBS_LISTED: Final = 100
 TERMINAL: Final = ("done", "failed", "cancelled")
 V1_PATH: Final = re.compile(r"(\w[\w.:-]*)(/\w[\w.:-]*)*", re.ASCII)
 """No empty, hidden or still quoted part, so that what is allowed is what vLLM's socket is asked."""
 
-T = TypeVar("T")
-
 app = FastAPI(title="Reverie", version="0.1.0", description=(__doc__ or "").split("\n")[0])
-
-
-def _body_of(model: Any) -> dict[str, Any]:
-    """OpenAPI's description of a body that we parse ourselves, to word its errors ourselves."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    text = json.dumps(schema | {"$defs": definitions})
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": json.loads(text)}},
-        }
-    }
+app.include_router(dream_router)
 
 
 def error_response(error: ReverieError, request: Request) -> JSONResponse:
@@ -126,108 +103,8 @@ async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
     health_check_period_s=5,
 )
 @serve.ingress(app)
-class Ingress:
-    """Keys, limits, routes and versions, over whatever boot of the cell is alive."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._keys = KeyStore(settings.home)
-        self._slots = Slots(settings.limits.max_ongoing_requests)
-        self._cell = connect(settings)
-        self._report: CellReport | None = None
-        self._boot: int | None = None
-        self._engine: EngineProxy | None = None
-        self._versions: VersionCounter | None = None
-        self._traffic: Traffic | None = None
-        self._following = asyncio.get_running_loop().create_task(self._follow())
-
-    # What the cell is doing: looked at regularly, so that no request has to ask.
-
-    async def _follow(self) -> None:
-        while True:
-            try:
-                self._report = await within(self._cell.report.remote(), POLL_TIMEOUT_S)
-                await self._adopt_boot(self._report)
-            except Exception:  # Whatever it was: a state that is not known is not ready.
-                self._report = None
-            await asyncio.sleep(POLL_INTERVAL_S)
-
-    async def _adopt_boot(self, report: CellReport | None) -> None:
-        if report is None or report.state != "ready" or report.boot == self._boot:
-            return
-        assert report.paths is not None
-        if self._engine is not None:
-            await self._engine.close()
-        self._versions = VersionCounter(report.paths.versions)
-        self._traffic = Traffic(report.paths.traffic, is_writable=True)
-        timeout_s = self._settings.limits.request_timeout_s
-        self._engine = EngineProxy(report.paths.socket, self._versions, timeout_s)
-        self._boot = report.boot
-
-    def _ready(self) -> CellReport:
-        """The report of a cell that can answer; raises Unavailable with the reason otherwise."""
-        report = self._report
-        if report is None:
-            raise Unavailable("the cell does not answer; it restarts by itself, try again")
-        if report.state != "ready" or report.boot != self._boot:
-            stage = next((s.name for s in reversed(report.stages) if not s.is_done), report.state)
-            raise Unavailable(f"the cell is {report.state} ({report.reason or stage}); try again")
-        return report
-
-    async def _ask(
-        self, role: str, method: str, *arguments: Any, timeout_s: float | None = None
-    ) -> Any:
-        """One call of an actor; its ReverieErrors are raised here, its death is Unavailable."""
-        self._ready()
-        limit = timeout_s or self._settings.limits.control_timeout_s
-        try:
-            actor = ray.get_actor(role, NAMESPACE)
-            return await within(getattr(actor, method).remote(*arguments), limit)
-        except RayTaskError as error:
-            if isinstance(error.cause, ReverieError):
-                raise error.cause from None
-            raise
-        except (RayError, ValueError):
-            raise Unavailable(f"the {role} went away; it restarts by itself, try again") from None
-        except TimeoutError:
-            raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
-
-    def _allow(self, request: Request, scope: Scope) -> None:
-        if self._keys.check(request.headers.get("authorization"), scope) is None:
-            require_loopback(request)
-
-    async def _pass(self, request: Request) -> Response:
-        self._allow(request, "use")
-        self._slots.take()
-        leave = self._slots.give
-        is_passed = False
-        try:
-            body = await read_body(request, self._settings.limits.max_body_bytes)
-            self._ready()
-            assert self._engine is not None and self._traffic is not None
-            leave = self._enter(self._traffic)
-            response = await self._engine.forward(request, body, leave)
-            is_passed = True
-            return response
-        finally:
-            if not is_passed:
-                leave()
-
-    def _enter(self, traffic: Traffic) -> Callable[[], None]:
-        """Count a request as inside; returns what its end calls, whatever boot it is by then."""
-        traffic.enter()
-
-        def leave() -> None:
-            traffic.leave()
-            self._slots.give()
-
-        return leave
-
-    async def _body(self, request: Request, model: type[T]) -> T:
-        self._allow(request, "teach")
-        require_json(request)
-        body = await read_body(request, self._settings.limits.max_body_bytes)
-        return parse(model, body)  # type: ignore[type-var]
+class Ingress(DreamRoutes):
+    """All routes, over whatever boot of the cell is alive."""
 
     # vLLM's routes.
 
@@ -251,7 +128,7 @@ class Ingress:
 
     # Teaching.
 
-    @app.post("/train", status_code=202, openapi_extra=_body_of(TrainRequest))
+    @app.post("/train", status_code=202, openapi_extra=body_of(TrainRequest))
     async def train(self, request: Request) -> JSONResponse:
         """Queue samples to be learned; they are durable when this answers."""
         with self._slots.one():
@@ -306,7 +183,7 @@ class Ingress:
                 yield f"event: error\ndata: {json.dumps({'message': str(error)})}\n\n"
                 return
 
-    @app.post("/checkpoint", openapi_extra=_body_of(CheckpointRequest))
+    @app.post("/checkpoint", openapi_extra=body_of(CheckpointRequest))
     async def checkpoint(self, request: Request) -> JSONResponse:
         """Keep the weights as they are now; durable, and public if asked, when this answers."""
         with self._slots.one():
@@ -330,7 +207,7 @@ class Ingress:
             limit = self._settings.cell.checkpoint_timeout_s
             return JSONResponse(as_json(await self._ask("checkpoint", "verify", timeout_s=limit)))
 
-    @app.post("/rollback", openapi_extra=_body_of(RollbackRequest))
+    @app.post("/rollback", openapi_extra=body_of(RollbackRequest))
     async def rollback(self, request: Request) -> JSONResponse:
         """Make the weights of an earlier generation live again, as a new generation."""
         with self._slots.one():

@@ -4,7 +4,7 @@
     engine         the model        loads, writes layout    the whole cell restarts
     trainer        layout           attaches, recovers      the whole cell restarts
     checkpoint     layout, trainer  maps read-only          the whole cell restarts
-    dream          engine, trainer  idle                    the whole cell restarts
+    dream          all of them      goes on with its round  the whole cell restarts
     this           nobody           holds the locks         Ray restarts it, the cell restarts
 
 The weights live in the engine process's shared memory, half a step may be in them when any process
@@ -233,7 +233,7 @@ class Cell:
         attaching = self._start("trainer", self._settings.trainer.attach_timeout_s)
         self._note("trainer", await self._stage("trainer", attaching))
         self._note("checkpoint", await self._start("checkpoint", START_TIMEOUT_S))
-        self._note("dream", await within(self._actors["dream"].report.remote(), START_TIMEOUT_S))
+        self._note("dream", await self._start("dream", START_TIMEOUT_S))
         self._stages.append(Stage("ready", 0.0, True))
 
     async def _stage(self, name: str, work: Awaitable[T]) -> T:
@@ -299,13 +299,15 @@ class Cell:
         with_control = remote(concurrency_groups={"control": CONTROL_THREADS, "report": 1})
         both = (self._settings, paths)
         trainer = with_control(Trainer).options(name="trainer", **shared).remote(*both)
+        keeper = with_control(Checkpointer).options(name="checkpoint", **shared)
+        checkpoint = keeper.remote(*both, trainer)
         self._actors = {
             "engine": ray.remote(Engine).options(name="engine", **shared).remote(*both),
             "trainer": trainer,
-            "checkpoint": with_control(Checkpointer)
-            .options(name="checkpoint", **shared)
-            .remote(*both, trainer),
-            "dream": ray.remote(Dreamer).options(name="dream", **shared).remote(),
+            "checkpoint": checkpoint,
+            "dream": ray.remote(Dreamer)
+            .options(name="dream", **shared)
+            .remote(*both, trainer, checkpoint),
         }
 
     async def _start(self, role: str, timeout_s: float) -> Any:

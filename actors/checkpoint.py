@@ -32,6 +32,7 @@ from actors.messages import (
     GenerationView,
     Hold,
     Return,
+    TakeBack,
     Verification,
 )
 from actors.posted import CheckpointRequest, RollbackRequest
@@ -135,15 +136,26 @@ class Checkpointer:
     def roll_back(self, request: RollbackRequest) -> Checkpoint:
         """Make the weights of an earlier generation the live ones, as a new generation.
 
-        Raises NotFound for one that is not kept, CheckpointFailed with nothing changed, Unavailable
-        if it was cut short: it is durable then, and the cell restarts with it.
+        What was learned since is undone. Raises NotFound for one that is not kept, CheckpointFailed
+        with nothing changed, Unavailable if it was cut short: it is durable then, and the cell
+        restarts with it.
         """
+        return self._return_to(request.generation)
+
+    @ray.method
+    def take_back(self, request: TakeBack) -> Checkpoint:
+        """As `roll_back`, but what was learned since is learned again, besides these samples."""
+        return self._return_to(
+            request.generation, is_learned_again=True, forgotten=request.sample_ids
+        )
+
+    def _return_to(self, generation: int, **how: Any) -> Checkpoint:
         from apollo.journal.journal import UnknownGeneration
 
         begun = time.monotonic()
         with self._lock, self._translated():
             try:
-                self._journal.find(request.generation)
+                self._journal.find(generation)
             except UnknownGeneration as error:
                 raise NotFound(f"{error}; see GET /checkpoints").about("generation") from None
             with suppress(OnTrial):  # It is undone with the rest.
@@ -151,8 +163,8 @@ class Checkpointer:
             held = time.monotonic()
             # Inside, so that a disk that failed is known before the trainer could be let go.
             with self._held(with_optimizer=False) as hold, self._translated():
-                made = self._journal.roll_back(request.generation, hold.next_version)
-                self._finish_return(request.generation, made, hold)
+                made = self._journal.roll_back(generation, hold.next_version, **how)
+                self._finish_return(generation, made, hold)
         return self._tell(made, begun, time.monotonic() - held)
 
     def _finish_return(self, generation: int, made: "Generation", hold: Hold) -> None:

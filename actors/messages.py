@@ -88,6 +88,11 @@ class CellPaths:
     ledger: str
 
     @property
+    def dream(self) -> str:
+        """The dream loop's database, beside the ledger."""
+        return f"{self.ledger.removesuffix('ledger.sqlite')}dream.sqlite"
+
+    @property
     def weights(self) -> str:
         return f"{self.run_dir}/weights"
 
@@ -181,6 +186,15 @@ class Hold:
 
 
 @dataclass(frozen=True)
+class TakeBack:
+    """What a dream taught shall not have been: produced by it, done by the checkpoint actor."""
+
+    generation: int
+    """Whose weights shall be live again; what else was learned since is learned again."""
+    sample_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Return:
     """A return is public: produced by the checkpoint actor, its weights taken by the trainer."""
 
@@ -256,7 +270,20 @@ class DreamReport:
     """The dream actor's state, for the cell and `/status`."""
 
     pid: int
-    state: Literal["idle"] = "idle"
+    state: Literal["idle", "dreaming", "waiting"] = "idle"
+    """`waiting`: for clients, who are answered first."""
+    round_id: str | None = None
+    behaviour: str | None = None
+    stage: str | None = None
+    done: int = 0
+    total: int = 0
+    """Of the stage: scenarios, answers, steps."""
+    asked: int = 0
+    """Rounds that were asked for and have not begun."""
+    paused: str | None = None
+    """Why none begins (a budget); it goes on by itself."""
+    reason: str | None = None
+    """Why the loop ended for good; None while all is well."""
 
 
 @dataclass(frozen=True)

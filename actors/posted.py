@@ -117,6 +117,41 @@ class CheckpointRequest(_Posted):
     """Whether the public directory shall hold it too; it is durable either way."""
 
 
+class DreamRequest(_Posted):
+    """Body of `POST /dream`."""
+
+    rounds: int = Field(default=1, ge=1, le=1000)
+    """How many rounds, one after another."""
+    behaviour: str | None = None
+    """Of which behaviour; None: drawn for each round, by how often they fail."""
+
+
+class MemoryRequest(_Posted):
+    """One of the `memories` of `POST /memories`."""
+
+    id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_CHARS)
+    """The client's name for it; the same id is accepted once."""
+    text: str = Field(min_length=1, max_length=4000)
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        default=[], max_length=32
+    )
+
+
+class MemoriesRequest(_Posted):
+    """Body of `POST /memories`."""
+
+    memories: list[MemoryRequest] = Field(min_length=1, max_length=1000)
+
+
+class ScoreRequest(_Posted):
+    """Body of `POST /score`: how much an instruction makes an answer likelier."""
+
+    messages: list[ChatMessage] = Field(min_length=2, max_length=1000)
+    """The last one is the assistant's, and is scored."""
+    strip: list[Literal["system", "developer", "user", "assistant", "tool"]] = ["system"]
+    """Roles whose messages are the instruction, as in `POST /train`."""
+
+
 class RollbackRequest(_Posted):
     """Body of `POST /rollback`."""
 

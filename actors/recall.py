@@ -34,8 +34,13 @@ def recall(home: Path, model: str, optimizer: "Apollo", ledger: Ledger) -> None:
         log.warning("the optimizer's moments begin anew: %s", why)
     for each in chain.generations:
         if each.undone_after is not None and each.returns_to is not None:
-            is_again, until = each.is_learned_again, each.weights_version
-            ledger.undo(each.undone_after, until, each.returns_to, is_again=is_again)
+            ledger.undo(
+                each.undone_after,
+                each.weights_version,
+                each.returns_to,
+                is_again=each.is_learned_again,
+                besides=each.forgotten,
+            )
 
 
 def _load_optimizer(

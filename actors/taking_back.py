@@ -5,6 +5,7 @@ return    weights of version v under a new number n: steps between v and n are u
 """
 
 import sqlite3
+from collections.abc import Collection
 from typing import Final
 
 from actors.ledger_rows import LedgerRows
@@ -50,10 +51,19 @@ class TakingBack(LedgerRows):
             high_water = self._high_water()
             return public_version if high_water <= public_version else high_water + 1
 
-    def undo(self, after: int, until: int, generation: int, *, is_again: bool) -> None:
+    def undo(
+        self,
+        after: int,
+        until: int,
+        generation: int,
+        *,
+        is_again: bool,
+        besides: Collection[str] = (),
+    ) -> None:
         """Take back the steps of versions between `after` and `until`: the weights are of `after`.
 
-        Their samples are queued again, or cancelled, and a job that was training is queued.
+        Their samples are queued again, or cancelled, and a job that was training is queued. Jobs
+        with a sample that is named in `besides` are cancelled, whatever becomes of the others.
         Versions up to `until` are used up. A second call changes nothing.
         """
         with self._transaction() as db:
@@ -72,6 +82,8 @@ class TakingBack(LedgerRows):
                     error = f"undone by a return to generation {generation}"
                     self._end(job_id, "cancelled", None, error)
             db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'training'")
+            for sample_id in besides:
+                self._drop(sample_id, f"taken back with a return to generation {generation}")
             for column in ("version_before", "version_after"):
                 db.execute(
                     f"UPDATE jobs SET {column} = NULL WHERE {column} > ? AND {column} < ?",
@@ -79,6 +91,16 @@ class TakingBack(LedgerRows):
                 )
             self._set_high_water(max(self._high_water(), until))
             db.execute("UPDATE cell SET value = ? WHERE key = 'undone_until'", (until,))
+
+    def _drop(self, sample_id: str, error: str) -> None:
+        """Cancel the sample's job, unless it is at its end."""
+        job = self._row(
+            "SELECT id FROM jobs WHERE state IN ('queued', 'training') AND "
+            "id = (SELECT job_id FROM samples WHERE id = ?)",
+            sample_id,
+        )
+        if job is not None:
+            self._end(job["id"], "cancelled", None, error)
 
     def next_version(self) -> int:
         """A version that was neither announced nor reserved."""

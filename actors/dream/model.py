@@ -144,9 +144,27 @@ class EngineModel:
         reply = await self._generate("/v1/completions", asked, n, temperature, seed)
         return [_answer(choice, choice["text"]) for choice in reply["choices"]]
 
-    async def logprobs(self, messages: Sequence[Message], answer: str) -> tuple[float, ...]:
+    async def logprobs(
+        self, messages: Sequence[Message], answer: str | Sequence[int]
+    ) -> tuple[float, ...]:
         context = await self._tokenize(messages, has_answer=False)
-        learned = await self._answer_ids(messages, context, answer)
+        if isinstance(answer, str):
+            answer = await self._answer_ids(messages, context, answer)
+        return await self._read(context, answer)
+
+    async def prefer(self, prompt: str, options: Sequence[str]) -> tuple[float, ...]:
+        context = await self._tokenize_text(prompt)
+        read = [self._prefer_one(prompt, context, option) for option in options]
+        return tuple(await asyncio.gather(*read))
+
+    async def _prefer_one(self, prompt: str, context: list[int], option: str) -> float:
+        whole = await self._tokenize_text(prompt + option)
+        if whole[: len(context)] != context:
+            raise InvalidRequest(f"the option {option!r} is one token with the end of its prompt")
+        return sum(await self._read(context, whole[len(context) :]))
+
+    async def _read(self, context: Sequence[int], learned: Sequence[int]) -> tuple[float, ...]:
+        """Log-probabilities of the learned tokens after the context."""
         asked = {
             "prompt": [*context, *learned],
             "max_tokens": 1,

@@ -55,6 +55,8 @@ class Cell(Protocol):
 
     async def job(self, job_id: str) -> JobView: ...
 
+    async def cancel(self, job_id: str) -> None: ...
+
     async def keep(self, round_id: str) -> None:
         """The round has passed: commit it."""
         ...
@@ -205,30 +207,42 @@ class Dream:
         attempt = of.attempts[-1]
         with _Clock(self, of, "training"):
             job = await self._follow(attempt.job_id)
-        attempt = replace(attempt, loss_history=job.loss_history)
         if job.status == "done" and not attempt.faults:
+            attempt = replace(attempt, loss_history=job.loss_history)
             with _Clock(self, of, "judging"):
                 attempt = await self._judge(of, attempt, imagination)
-        elif not attempt.faults:
-            attempt = replace(attempt, faults=(f"the job was {job.status}: {job.error}",))
-        of.attempts[-1] = attempt
-        self.store.save_round(of)
-        if not attempt.faults or not self.settings.is_gated:
+            of.attempts[-1] = attempt
+            self.store.save_round(of)
+        is_refused = bool(attempt.faults) and self.settings.is_gated
+        if job.status == "done" and not is_refused:
             await self.cell.keep(of.id)
             self._remember(attempt)
             of.state = "passed"
-        else:
+            return
+        if job.steps:  # Else it is taken back already, by us or by a client's return.
             await self._take_back(of)
+        if is_refused and len(of.attempts) < NUM_TRIES:
+            of.state = "training"
+            return
+        self.store.mark_items(of.id)
+        of.state = "taken back" if is_refused else "failed"
+        why = f"its job was {job.status}: {job.error or 'on request'}"
+        of.reason = "; ".join(attempt.faults) if is_refused else why
 
     async def _take_back(self, of: Round) -> None:
         assert of.generation is not None, "a round begins with a commit"
         ids = [sample.id or "" for sample in self._samples(of, len(of.attempts))]
         await self.cell.take_back(of.id, of.generation, ids)
-        if len(of.attempts) < NUM_TRIES:
-            of.state = "training"
-            return
+
+    async def give_up(self, of: Round) -> None:
+        """End the round's training, and take back what it has taught."""
+        job = await self.cell.job(of.attempts[-1].job_id)
+        if job.status in ("queued", "training"):
+            await self.cell.cancel(job.job_id)
+            job = await self._follow(job.job_id)
+        if job.steps and of.state != "passed":
+            await self._take_back(of)
         self.store.mark_items(of.id)
-        of.state, of.reason = "taken back", "; ".join(of.attempts[-1].faults)
 
     async def _follow(self, job_id: str) -> JobView:
         while True:

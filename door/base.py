@@ -1,0 +1,153 @@
+"""What every route stands on: the boot of the cell that is alive, its actors, keys and limits.
+
+    /status, /readyz <-- the cell's last report, looked at regularly: no request has to ask for it
+
+Knows HTTP; which routes there are is the business of those that build on it.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from actors.calls import within
+from actors.cell import connect
+from actors.ending import NAMESPACE
+from actors.errors import ReverieError, Unavailable
+from actors.messages import CellReport
+from actors.settings import Settings
+from actors.traffic import Traffic
+from actors.versions import VersionCounter
+from door.keys import KeyStore, Scope, require_loopback
+from door.limits import Slots, parse, read_body, require_json
+from door.proxy import EngineProxy
+
+POLL_INTERVAL_S: Final = 0.5
+POLL_TIMEOUT_S: Final = 5
+
+T = TypeVar("T")
+
+
+def body_of(model: Any) -> dict[str, Any]:
+    """OpenAPI's description of a body that we parse ourselves, to word its errors ourselves."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    text = json.dumps(schema | {"$defs": definitions})
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": json.loads(text)}},
+        }
+    }
+
+
+class Door:
+    """Keys, limits and the way to the actors."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keys = KeyStore(settings.home)
+        self._slots = Slots(settings.limits.max_ongoing_requests)
+        self._cell = connect(settings)
+        self._report: CellReport | None = None
+        self._boot: int | None = None
+        self._engine: EngineProxy | None = None
+        self._versions: VersionCounter | None = None
+        self._traffic: Traffic | None = None
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    # What the cell is doing: looked at regularly, so that no request has to ask.
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                self._report = await within(self._cell.report.remote(), POLL_TIMEOUT_S)
+                await self._adopt_boot(self._report)
+            except Exception:  # Whatever it was: a state that is not known is not ready.
+                self._report = None
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _adopt_boot(self, report: CellReport | None) -> None:
+        if report is None or report.state != "ready" or report.boot == self._boot:
+            return
+        assert report.paths is not None
+        if self._engine is not None:
+            await self._engine.close()
+        self._versions = VersionCounter(report.paths.versions)
+        self._traffic = Traffic(report.paths.traffic, is_writable=True)
+        timeout_s = self._settings.limits.request_timeout_s
+        self._engine = EngineProxy(report.paths.socket, self._versions, timeout_s)
+        self._boot = report.boot
+
+    def _ready(self) -> CellReport:
+        """The report of a cell that can answer; raises Unavailable with the reason otherwise."""
+        report = self._report
+        if report is None:
+            raise Unavailable("the cell does not answer; it restarts by itself, try again")
+        if report.state != "ready" or report.boot != self._boot:
+            stage = next((s.name for s in reversed(report.stages) if not s.is_done), report.state)
+            raise Unavailable(f"the cell is {report.state} ({report.reason or stage}); try again")
+        return report
+
+    async def _ask(
+        self, role: str, method: str, *arguments: Any, timeout_s: float | None = None
+    ) -> Any:
+        """One call of an actor; its ReverieErrors are raised here, its death is Unavailable."""
+        self._ready()
+        limit = timeout_s or self._settings.limits.control_timeout_s
+        try:
+            actor = ray.get_actor(role, NAMESPACE)
+            return await within(getattr(actor, method).remote(*arguments), limit)
+        except RayTaskError as error:
+            if isinstance(error.cause, ReverieError):
+                raise error.cause from None
+            raise
+        except (RayError, ValueError):
+            raise Unavailable(f"the {role} went away; it restarts by itself, try again") from None
+        except TimeoutError:
+            raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
+
+    def _allow(self, request: Request, scope: Scope) -> None:
+        if self._keys.check(request.headers.get("authorization"), scope) is None:
+            require_loopback(request)
+
+    async def _pass(self, request: Request) -> Response:
+        self._allow(request, "use")
+        self._slots.take()
+        leave = self._slots.give
+        is_passed = False
+        try:
+            body = await read_body(request, self._settings.limits.max_body_bytes)
+            self._ready()
+            assert self._engine is not None and self._traffic is not None
+            leave = self._enter(self._traffic)
+            response = await self._engine.forward(request, body, leave)
+            is_passed = True
+            return response
+        finally:
+            if not is_passed:
+                leave()
+
+    def _enter(self, traffic: Traffic) -> Callable[[], None]:
+        """Count a request as inside; returns what its end calls, whatever boot it is by then."""
+        traffic.enter()
+
+        def leave() -> None:
+            traffic.leave()
+            self._slots.give()
+
+        return leave
+
+    async def _body(self, request: Request, model: type[T]) -> T:
+        return parse(model, await self._raw(request))  # type: ignore[type-var]
+
+    async def _raw(self, request: Request) -> bytes:
+        """The JSON that somebody who may teach has posted, not read yet."""
+        self._allow(request, "teach")
+        require_json(request)
+        return await read_body(request, self._settings.limits.max_body_bytes)
