@@ -61,7 +61,7 @@ def due(all_of_them: Sequence[Progress], round_number: int) -> list[Progress]:
     ]
 
 
-def tested(before: Progress, success: float, round_number: int) -> Progress:
+def after_test(before: Progress, success: float, round_number: int) -> Progress:
     """The progress after a test on scenarios that were never trained on."""
     assert 0 <= success <= 1, f"{success} is no share"
     failure_rate = (1 - MEMORY) * before.failure_rate + MEMORY * (1 - success)

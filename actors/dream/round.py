@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 
 from actors.dream import library
 from actors.dream.behaviour import Behaviour
-from actors.dream.curriculum import Progress, due, tested
+from actors.dream.curriculum import Progress, after_test, due
 from actors.dream.gate import Gate, Measurement, Record, faults
 from actors.dream.imagining import Imagination
 from actors.dream.manners import PoliteModel
@@ -288,7 +288,7 @@ class Dream:
             for each, before in self.store.behaviours():
                 if each.name in (last.success or {}):
                     now = (last.success or {})[each.name]
-                    self.store.set_progress(tested(before, now, of.number))
+                    self.store.set_progress(after_test(before, now, of.number))
         elif of.state == "taken back":
             self.store.set_progress(replace(progress, standing="stopped", tested_round=of.number))
         of.ended = time.time()
