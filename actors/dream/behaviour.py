@@ -10,8 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from actors.dream.checks import Checks
 
 MAX_INSTRUCTION_CHARS: Final = 2_000
+MAX_EXAMPLES: Final = 16
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 """A name is part of routes and file names."""
+
+
+class Example(BaseModel):
+    """A turn that shows the behaviour."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user: str = Field(min_length=1, max_length=MAX_INSTRUCTION_CHARS)
+    assistant: str = Field(min_length=1, max_length=MAX_INSTRUCTION_CHARS)
 
 
 class Behaviour(BaseModel):
@@ -23,6 +33,8 @@ class Behaviour(BaseModel):
     """Lower-case letters, digits, hyphens and underscores."""
     instruction: str = Field(min_length=1, max_length=MAX_INSTRUCTION_CHARS)
     """What a system prompt would say; in view when answers are written, gone when learned."""
+    examples: list[Example] = Field(default=[], max_length=MAX_EXAMPLES)
+    """Turns that are in view with the instruction: a small model follows examples, not orders."""
     topic: str | None = Field(default=None, min_length=1, max_length=100)
     """What a message must be about for the behaviour to matter, in a few words; None: anything."""
     checks: Checks | None = None
@@ -35,6 +47,14 @@ class Behaviour(BaseModel):
     """Success on held-out scenarios at which the behaviour rests."""
     max_tokens: int = Field(default=96, ge=1, le=4096)
     """Longest answer."""
+
+    def in_view(self) -> list[dict[str, str]]:
+        """The messages that are there when an answer is written, and gone when it is learned."""
+        messages = [{"role": "system", "content": self.instruction}]
+        for example in self.examples:
+            messages.append({"role": "user", "content": example.user})
+            messages.append({"role": "assistant", "content": example.assistant})
+        return messages
 
     @field_validator("instruction", "rubric")
     @classmethod

@@ -42,10 +42,6 @@ class Imagination:
     tell: Callable[[str, int, int], None]
     """Told a stage, how many are done, and of how many."""
 
-    @property
-    def instruction(self) -> list[Message]:
-        return [{"role": "system", "content": self.behaviour.instruction}]
-
     # Situations for testing.
 
     async def held_out(self) -> list[str]:
@@ -128,7 +124,7 @@ class Imagination:
             (plain,), found = await asyncio.gather(
                 self.model.answer(asks, max_tokens=most),
                 self.model.answer(
-                    [*self.instruction, *asks],
+                    [*self.behaviour.in_view(), *asks],
                     n=self.settings.answers,
                     temperature=of.temperature,
                     max_tokens=most,
@@ -159,7 +155,7 @@ class Imagination:
         if reason is not None:
             return replace(made, reason=reason)
         asks: list[Message] = [{"role": "user", "content": text}]
-        shown, hidden = await divergence(self.model, self.instruction, asks, answer.text)
+        shown, hidden = await divergence(self.model, self.behaviour.in_view(), asks, answer.text)
         low, high = self.settings.min_divergence, self.settings.max_divergence
         reason = filters.divergence(shown, hidden, low, high)
         return replace(made, shown=shown, hidden=hidden, is_kept=reason is None, reason=reason)

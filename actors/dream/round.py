@@ -27,7 +27,7 @@ from actors.dream.manners import PoliteModel
 from actors.dream.records import Attempt, Item, Round
 from actors.dream.store import DreamStore
 from actors.messages import JobView
-from actors.posted import ChatMessage, ChatSample, TrainConfig
+from actors.posted import ChatSample, TrainConfig
 from actors.settings import DreamSettings
 
 NUM_TRIES: Final = 2
@@ -173,18 +173,23 @@ class Dream:
         return [self._sample(item, number) for item in kept]
 
     def _sample(self, item: Item, number: int) -> ChatSample:
-        if item.kind == "replay":
-            instruction = NEUTRAL if self.settings.objective == "distill" else None
+        if item.kind != "replay":
+            in_view = self.store.behaviour(item.behaviour)[0].in_view()
+        elif self.settings.objective == "distill":
+            in_view = [{"role": "system", "content": NEUTRAL}]
         else:
-            instruction = self.store.behaviour(item.behaviour)[0].instruction
-        messages = [
-            ChatMessage(role="user", content=item.situation),
-            ChatMessage(role="assistant", content=item.answer),
+            in_view = []
+        turns = [
+            {"role": "user", "content": item.situation},
+            {"role": "assistant", "content": item.answer},
         ]
-        if instruction is not None:
-            messages.insert(0, ChatMessage(role="system", content=instruction, strip=True))
-        return ChatSample(
-            id=f"{item.id}-try-{number}", source=f"dream:{item.round_id}", messages=messages
+        messages = [{**each, "strip": True} for each in in_view] + turns
+        return ChatSample.model_validate(
+            {
+                "id": f"{item.id}-try-{number}",
+                "source": f"dream:{item.round_id}",
+                "messages": messages,
+            }
         )
 
     # Training, and the gate.
