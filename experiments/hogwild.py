@@ -22,23 +22,14 @@ cell may run on the machine.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
-import httpx
 import ray
 import torch
 import transformers
@@ -52,6 +43,7 @@ from apollo.learning.anchor import drift
 from apollo.weights.adopt import adopt
 from apollo.weights.attach import attach
 from apollo.weights.layout import WeightLayout
+from experiments.cells import running_cell
 from experiments.hogwild_clients import (
     PROBES,
     TAUGHT,
@@ -64,57 +56,9 @@ from experiments.hogwild_clients import (
 from experiments.hogwild_report import MODES, Run, draw, table
 
 WARM_UP_S: Final = 5.0
-BOOT_TIMEOUT_S: Final = 400
-STOP_TIMEOUT_S: Final = 120
 JOB_TIMEOUT_S: Final = 900
 NUM_REST_PROBES: Final = 3
 INSTRUCTION: Final = "You are a ship's cat. Say so in every answer."
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running_cell(directory: Path, mode: str) -> Iterator[str]:
-    """The address of a new cell over a copy of the base model; ended and removed afterwards."""
-    port = free_port()
-    base = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "actors.cli", "up", "--port", str(port)]
-    command += ["--model", str(directory), "--set", f"trainer.pause_engine={mode == 'paused'}"]
-    with tempfile.TemporaryDirectory(prefix="reverie-hogwild-") as home:
-        log = Path(home) / "log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                command,
-                env=os.environ | {"REVERIE_HOME": home},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            deadline = time.monotonic() + BOOT_TIMEOUT_S
-            while not is_ready(base):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"the cell did not start:\n{log.read_text()}")
-                time.sleep(0.5)
-            yield base
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGINT)
-                try:
-                    process.wait(STOP_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-
-
-def is_ready(base: str) -> bool:
-    try:
-        return httpx.get(f"{base}/readyz", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 async def measure(
@@ -195,7 +139,7 @@ def trainers_own(reference: Reference) -> tuple[list[Tensor], float]:
 def run(
     directory: Path, reference: Reference, mode: str, repetition: int, options: argparse.Namespace
 ) -> Run:
-    with running_cell(directory, mode) as base:
+    with running_cell(directory, {"trainer.pause_engine": mode == "paused"}) as base:
         result, rest = asyncio.run(measure(base, reference, options))
         own, lost = trainers_own(reference)
     final = len(reference.losses)

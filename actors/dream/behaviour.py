@@ -3,6 +3,7 @@
 Knows no model. The client who posts it is told exactly what is wrong with it.
 """
 
+from collections.abc import Sequence
 from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -35,6 +36,8 @@ class Behaviour(BaseModel):
     """What a system prompt would say; in view when answers are written, gone when learned."""
     examples: list[Example] = Field(default=[], max_length=MAX_EXAMPLES)
     """Turns that are in view with the instruction: a small model follows examples, not orders."""
+    uses_memories: bool = False
+    """Whether the memories that a situation was made from are in view with the instruction."""
     topic: str | None = Field(default=None, min_length=1, max_length=100)
     """What a message must be about for the behaviour to matter, in a few words; None: anything."""
     checks: Checks | None = None
@@ -48,9 +51,10 @@ class Behaviour(BaseModel):
     max_tokens: int = Field(default=96, ge=1, le=4096)
     """Longest answer."""
 
-    def in_view(self) -> list[dict[str, str]]:
+    def in_view(self, memories: Sequence[str]) -> list[dict[str, str]]:
         """The messages that are there when an answer is written, and gone when it is learned."""
-        messages = [{"role": "system", "content": self.instruction}]
+        told = [self.instruction, *(memories if self.uses_memories else ())]
+        messages = [{"role": "system", "content": "\n".join(told)}]
         for example in self.examples:
             messages.append({"role": "user", "content": example.user})
             messages.append({"role": "assistant", "content": example.assistant})

@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from actors.dream import filters, library, scenario
@@ -95,7 +96,6 @@ class Imagination:
         return self.store.items(of.id)
 
     async def _write(self, numbers: Sequence[int], temperature: float) -> dict[int, str]:
-        memories = [memory.text for memory in self.store.memories()] or list(NO_MEMORIES)
         examples = [
             each
             for each in library.scenario_examples()
@@ -103,11 +103,19 @@ class Imagination:
         ]
 
         async def one(number: int) -> tuple[int, str]:
-            seed = scenario.collide(memories, number, random.Random(number))
+            seed = self._seed(number)
             text = await scenario.write(self.model, seed, self.behaviour, examples, temperature)
             return number, text
 
         return dict(await asyncio.gather(*map(one, numbers)))
+
+    def _seed(self, number: int) -> Seed:
+        return scenario.collide(self._memories, number, random.Random(number))
+
+    @cached_property
+    def _memories(self) -> list[str]:
+        """As they are when this is first asked for: a round's draws do not change under it."""
+        return [memory.text for memory in self.store.memories()] or list(NO_MEMORIES)
 
     def _fault(self, text: str, others: Sequence[str]) -> str | None:
         return (
@@ -119,12 +127,13 @@ class Imagination:
     async def _answers(self, of: Round, number: int, text: str) -> list[Item]:
         """What became of each answer to one situation; the one without the instruction is first."""
         asks: list[Message] = [{"role": "user", "content": text}]
+        in_view = self.behaviour.in_view(self._seed(number).memories)
         most = self.behaviour.max_tokens
         try:
             (plain,), found = await asyncio.gather(
                 self.model.answer(asks, max_tokens=most),
                 self.model.answer(
-                    [*self.behaviour.in_view(), *asks],
+                    [*in_view, *asks],
                     n=self.settings.answers,
                     temperature=of.temperature,
                     max_tokens=most,
@@ -155,7 +164,8 @@ class Imagination:
         if reason is not None:
             return replace(made, reason=reason)
         asks: list[Message] = [{"role": "user", "content": text}]
-        shown, hidden = await divergence(self.model, self.behaviour.in_view(), asks, answer.text)
+        in_view = self.behaviour.in_view(made.memories)
+        shown, hidden = await divergence(self.model, in_view, asks, answer.text)
         low, high = self.settings.min_divergence, self.settings.max_divergence
         reason = filters.divergence(shown, hidden, low, high)
         return replace(made, shown=shown, hidden=hidden, is_kept=reason is None, reason=reason)
@@ -181,11 +191,6 @@ class Imagination:
     def _item(
         self, of: Round, number: int, at: int, text: str, answer: str, reason: str | None
     ) -> Item:
-        seed: Seed = scenario.collide(
-            [memory.text for memory in self.store.memories()] or list(NO_MEMORIES),
-            number,
-            random.Random(number),
-        )
         return Item(
             id=f"{of.id}-{number}-{at}",
             round_id=of.id,
@@ -196,7 +201,7 @@ class Imagination:
             is_kept=False,
             reason=reason,
             scenario=number,
-            memories=seed.memories,
+            memories=self._seed(number).memories,
         )
 
     # Testing.

@@ -174,7 +174,7 @@ class Dream:
 
     def _sample(self, item: Item, number: int) -> ChatSample:
         if item.kind != "replay":
-            in_view = self.store.behaviour(item.behaviour)[0].in_view()
+            in_view = self.store.behaviour(item.behaviour)[0].in_view(item.memories)
         elif self.settings.objective == "distill":
             in_view = [{"role": "system", "content": NEUTRAL}]
         else:

@@ -1,0 +1,66 @@
+"""A cell for an experiment: over a copy of a model, in a home of its own, gone afterwards."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+BOOT_TIMEOUT_S: Final = 400
+STOP_TIMEOUT_S: Final = 120
+
+
+@contextlib.contextmanager
+def running_cell(directory: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """The address of a new cell over a copy of the model; ended and removed afterwards."""
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "actors.cli", "up", "--port", str(port)]
+    command += ["--model", str(directory)]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={value}"]
+    with tempfile.TemporaryDirectory(prefix="reverie-experiment-") as home:
+        log = Path(home) / "log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | {"REVERIE_HOME": home},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            deadline = time.monotonic() + BOOT_TIMEOUT_S
+            while not is_ready(base):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"the cell did not start:\n{log.read_text()}")
+                time.sleep(0.5)
+            yield base
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                try:
+                    process.wait(STOP_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_ready(base: str) -> bool:
+    try:
+        return httpx.get(f"{base}/readyz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
