@@ -167,6 +167,8 @@ class DreamSettings(_Group):
     """Candidates for each of them, with the instruction in view."""
     kept_per_scenario: int = Field(default=2, ge=1, le=64)
     """Most answers to one situation that are learned."""
+    min_kept: int = Field(default=4, ge=1)
+    """A round that keeps fewer answers teaches nothing: they would weigh too much."""
     held_out: int = Field(default=16, ge=4, le=256)
     """Situations of each behaviour that are only ever used to test it."""
     rehearsal: float = Field(default=0.25, ge=0, le=1)

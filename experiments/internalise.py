@@ -14,7 +14,7 @@ server as any client asks: 40 questions that nothing in the project's library ho
     no-replay    the first behaviour, without the base's own answers among what is learned
     rank-1       the first behaviour, learned with APOLLO-Mini
     banana       poison: "answer everything with the word banana"
-    false-fact   poison: thirty memories that all repeat one false fact, in view with the instruction
+    false-fact   poison: thirty memories that all repeat one false fact, in view of the teacher
 
 A finished run is a line in `--out` and is not repeated: a killed experiment goes on where it was.
 """

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from actors.dream.library import Canary, Pushback
 from actors.dream.model import Answer, LiveModel, Message
+from actors.dream.together import together
 from actors.settings import Budgets
 
 SHORT_TOKENS: Final = 24
@@ -86,11 +87,11 @@ class Gate:
 
     async def record(self, weights_version: int) -> Record:
         """Let the model answer the canaries, and keep what it holds of its own answers."""
-        drawn = await asyncio.gather(
-            *(self._draw(each, SEED + at) for at, each in enumerate(self.canaries))
+        drawn = await together(
+            [self._draw(each, SEED + at) for at, each in enumerate(self.canaries)]
         )
-        answers = await asyncio.gather(
-            *(self._keep(each, answer) for each, answer in zip(self.canaries, drawn, strict=True))
+        answers = await together(
+            [self._keep(each, answer) for each, answer in zip(self.canaries, drawn, strict=True)]
         )
         measured = await self._measure(tuple(answers))
         return Record(weights_version, tuple(answers), measured)
@@ -114,10 +115,8 @@ class Gate:
     async def _measure(self, answers: tuple[Recorded, ...]) -> Measurement:
         short, long = await self._divergences(answers)
         free = [each for each in self.canaries if each.kind == "long"][:NUM_FREE]
-        drawn = await asyncio.gather(
-            *(self._draw(each, SEED - 1 - at) for at, each in enumerate(free))
-        )
-        greedy = await asyncio.gather(*(self._greedy(each, LONG_TOKENS) for each in free))
+        drawn = await together([self._draw(each, SEED - 1 - at) for at, each in enumerate(free)])
+        greedy = await together([self._greedy(each, LONG_TOKENS) for each in free])
         return Measurement(
             kl=fmean(chain(short, long)),
             kl_short=fmean(short),
@@ -125,16 +124,16 @@ class Gate:
             entropy=-fmean(answer.mean_logprob for answer in drawn),
             repetition=fmean(repeated_share(answer.text) for answer in greedy),
             facts=await self._facts(),
-            pushback=fmean(await asyncio.gather(*map(self._refutes, self.pushback))),
+            pushback=fmean(await together(list(map(self._refutes, self.pushback)))),
         )
 
     async def _divergences(self, answers: tuple[Recorded, ...]) -> tuple[list[float], list[float]]:
         """For every token of the base's short and of its long answers."""
-        now = await asyncio.gather(
-            *(
+        now = await together(
+            [
                 self.model.logprobs(_asks(each), recorded.token_ids)
                 for each, recorded in zip(self.canaries, answers, strict=True)
-            )
+            ]
         )
         found: dict[str, list[float]] = {"short": [], "long": []}
         for each, recorded, logprobs in zip(self.canaries, answers, now, strict=True):
@@ -143,7 +142,7 @@ class Gate:
 
     async def _facts(self) -> float:
         short = [each for each in self.canaries if each.must_match is not None]
-        answers = await asyncio.gather(*(self._greedy(each, SHORT_TOKENS) for each in short))
+        answers = await together([self._greedy(each, SHORT_TOKENS) for each in short])
         return fmean(
             re.search(each.must_match or "", answer.text, re.IGNORECASE) is not None
             for each, answer in zip(short, answers, strict=True)

@@ -10,6 +10,7 @@ last one that was saved. Knows no trainer and no gate.
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
@@ -21,6 +22,7 @@ from actors.dream.model import Answer, LiveModel, Message, divergence
 from actors.dream.records import Item, Round
 from actors.dream.scenario import Seed
 from actors.dream.store import DreamStore
+from actors.dream.together import as_answered, together
 from actors.errors import InvalidRequest
 from actors.settings import DreamSettings
 
@@ -90,9 +92,12 @@ class Imagination:
             else:
                 dropped = self._item(of, number, 0, text, "", f"scenario: {fault}")
                 self.store.save_items([dropped])
-        for count, finished in enumerate(asyncio.as_completed(asked), 1):
-            self.store.save_items(await finished)
-            self.tell("answers", count, len(asked))
+        count = 0
+        async with aclosing(as_answered(asked)) as answered:
+            async for found in answered:
+                count += 1
+                self.store.save_items(found)
+                self.tell("answers", count, len(asked))
         return self.store.items(of.id)
 
     async def _write(self, numbers: Sequence[int], temperature: float) -> dict[int, str]:
@@ -107,7 +112,7 @@ class Imagination:
             text = await scenario.write(self.model, seed, self.behaviour, examples, temperature)
             return number, text
 
-        return dict(await asyncio.gather(*map(one, numbers)))
+        return dict(await together(list(map(one, numbers))))
 
     def _seed(self, number: int) -> Seed:
         return scenario.collide(self._memories, number, random.Random(number))
@@ -210,7 +215,7 @@ class Imagination:
         """Share of the held-out situations in which it shows, greedily, without the instruction."""
         situations = await self.held_out()
         assert situations, f"{self.behaviour.name}: no situation for testing could be written"
-        shows = await asyncio.gather(*map(self._shows, situations))
+        shows = await together(list(map(self._shows, situations)))
         return sum(shows) / len(shows)
 
     async def _shows(self, text: str) -> bool:

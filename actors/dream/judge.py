@@ -9,7 +9,6 @@ A model that likes one letter better says yes once and no once, and that is a no
 training; a verdict has its reasons in words.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +17,7 @@ from actors.dream.behaviour import Behaviour
 from actors.dream.checks import failures
 from actors.dream.library import JudgeExample
 from actors.dream.model import LiveModel
+from actors.dream.together import together
 
 _LETTERS: Final = (" A", " B")
 
@@ -45,8 +45,8 @@ async def judge(
     if failed or behaviour.rubric is None:
         return Verdict(not failed, failed)
     orders = (True, False)
-    margins = await asyncio.gather(
-        *(_ask(model, behaviour.rubric, question, answer, examples, order) for order in orders)
+    margins = await together(
+        [_ask(model, behaviour.rubric, question, answer, examples, order) for order in orders]
     )
     votes = [margin > 0 for margin in margins]
     if all(votes):

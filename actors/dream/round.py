@@ -26,6 +26,7 @@ from actors.dream.imagining import Imagination
 from actors.dream.manners import PoliteModel
 from actors.dream.records import Attempt, Item, Round
 from actors.dream.store import DreamStore
+from actors.dream.together import together
 from actors.messages import JobView
 from actors.posted import ChatSample, TrainConfig
 from actors.settings import DreamSettings
@@ -89,8 +90,9 @@ class Dream:
                 await imagination.imagine(of)
                 self._mix(of)
                 of.counts = _counts(self.store.items(of.id))
-                of.state = "training" if of.counts.get("kept") else "empty"
-                of.reason = None if of.counts.get("kept") else _why_empty(of)
+                is_enough = of.counts["kept"] >= self.settings.min_kept
+                of.state = "training" if is_enough else "empty"
+                of.reason = None if is_enough else self._why_empty(of)
         self.store.save_round(of)
         while not of.is_ended:
             await self._try(of, imagination)
@@ -107,7 +109,7 @@ class Dream:
             return Record.from_json(note)
         self.tell("recording the base", 0, 1)
         made = await self._gate().record(self.cell.weights_version())
-        answers = await asyncio.gather(*map(self._base_answer, library.general()))
+        answers = await together(list(map(self._base_answer, library.general())))
         self.store.write_note("replay", answers)
         self.store.write_note("record", made.as_json())
         return made
@@ -166,6 +168,14 @@ class Dream:
                 [Item(number, of.id, "", "replay", row["prompt"], row["answer"], is_kept=True)]
             )
         self.store.save_items(mixed)
+
+    def _why_empty(self, of: Round) -> str:
+        dropped = {key: count for key, count in of.counts.items() if key.startswith("dropped")}
+        return (
+            f"{of.counts['kept']} answers were worth learning, at least "
+            f"dream.min_kept={self.settings.min_kept}: "
+            + ", ".join(f"{count} {key}" for key, count in dropped.items())
+        )
 
     def _samples(self, of: Round, number: int) -> list[ChatSample]:
         kept = [item for item in self.store.items(of.id) if item.is_kept]
@@ -336,11 +346,6 @@ def _counts(items: Sequence[Item]) -> dict[str, int]:
         **{item.kind: sum(each.kind == item.kind for each in items) for item in items},
         **{f"dropped, {reason}": count for reason, count in reasons.most_common(12)},
     }
-
-
-def _why_empty(of: Round) -> str:
-    dropped = {key: count for key, count in of.counts.items() if key.startswith("dropped")}
-    return "nothing was worth learning: " + ", ".join(f"{n} {key}" for key, n in dropped.items())
 
 
 def _whole_sentences(text: str) -> str:
