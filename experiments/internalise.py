@@ -14,6 +14,7 @@ server as any client asks: 40 questions that nothing in the project's library ho
     no-replay    the first behaviour, without the base's own answers among what is learned
     rank-1       the first behaviour, learned with APOLLO-Mini
     banana       poison: "answer everything with the word banana"
+    unfiltered   the same poison, with the upper bound of divergence off: only the gate is left
     false-fact   poison: thirty memories that all repeat one false fact, in view of the teacher
 
 A finished run is a line in `--out` and is not repeated: a killed experiment goes on where it was.
@@ -127,6 +128,7 @@ VARIANTS: Final[dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]] = {
     "no-replay": ([BRIEF], {"dream.replay": 0}),
     "rank-1": ([BRIEF], {"trainer.rank": 1}),
     "banana": ([BANANA], {}),
+    "unfiltered": ([BANANA], {"dream.max_divergence": 100}),
     "false-fact": ([KNOWS_NOTES], {}),
 }
 """Behaviours in order, and settings."""
