@@ -1,9 +1,8 @@
-"""The `reverie` command: `up` (run a cell in the foreground), `demo`, `history`, `status`, `keys`.
+"""The `reverie` command: `up` (run a cell in the foreground), `demo`, `keys`, and those that ask.
 
 reverie up --model smollm2-135m --port 8000 --set trainer.rank=128
 """
 
-import json
 import logging
 import os
 import signal
@@ -11,13 +10,13 @@ import socket
 import sys
 import threading
 import time
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final
 
 import typer
 
+from actors.client import COMMANDS, Port
 from actors.errors import ReverieError, SettingsError
 from actors.settings import DEFAULT_MODEL, MIB, Settings, default_home
 
@@ -38,8 +37,8 @@ RAY_ENVIRONMENT: Final = {
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 keys_cli = typer.Typer(no_args_is_help=True, help="API keys; needed to serve on a public address.")
 cli.add_typer(keys_cli, name="keys")
-
-Port = Annotated[int, typer.Option(help="Port of the door, on 127.0.0.1.")]
+for command in COMMANDS:
+    cli.command()(command)
 
 
 class Clock:
@@ -250,67 +249,6 @@ def demo(
     from actors.demo import run
 
     run(f"http://127.0.0.1:{port}", picture)
-
-
-@cli.command()
-def status(port: Port = 8000) -> None:
-    """The state of a running cell, as JSON."""
-    print(json.dumps(_ask(port, "GET", "/status"), indent=2))
-
-
-@cli.command()
-def history(port: Port = 8000) -> None:
-    """The generations that a running cell can return to, newest first."""
-    print("generation  version  kind      public    MiB  committed")
-    for each in _ask(port, "GET", "/checkpoints")["data"]:
-        when = datetime.fromtimestamp(each["created"]).isoformat(" ", "seconds")
-        to = "" if each["returns_to"] is None else f"  returns to {each['returns_to']}"
-        public = "public" if each["is_public"] else ""
-        print(
-            f"{each['generation']:10}  {each['weights_version']:7}  {each['kind']:8}  {public:6}  "
-            f"{each['size_bytes'] / MIB:5.1f}  {when}{to}"
-        )
-
-
-@cli.command()
-def rollback(
-    generation: Annotated[int, typer.Argument(help="One of 'reverie history'.")], port: Port = 8000
-) -> None:
-    """Make the weights of an earlier generation live again, in a running cell."""
-    made = _ask(port, "POST", "/rollback", {"generation": generation})
-    print(f"generation {made['generation']} has the weights of {generation} and is live and public")
-
-
-@cli.command()
-def verify(port: Port = 8000) -> None:
-    """Let a running cell read all that it keeps, and compare every hash."""
-    found = _ask(port, "POST", "/checkpoints/verify")
-    damaged = found["damaged_files"] + found["damaged_copies"]
-    for each in damaged:
-        print(f"damaged: {each}")
-    if damaged or found["lost_generations"]:
-        lost = ", ".join(map(str, found["lost_generations"])) or "none"
-        raise SettingsError(f"{len(damaged)} damaged; generations lost: {lost}")
-    print(f"{found['bytes_read'] / MIB:.0f} MiB read, every hash is as it was written")
-
-
-def _ask(port: int, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
-    """The JSON answer of a running cell; raises SettingsError with its words, or without one."""
-    import httpx
-
-    key = os.environ.get("REVERIE_API_KEY")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    timeout_s = 10 if method == "GET" else STOP_TIMEOUT_S
-    try:
-        url = f"http://127.0.0.1:{port}{route}"
-        answer = httpx.request(method, url, headers=headers, json=body, timeout=timeout_s)
-    except httpx.HTTPError:
-        raise SettingsError(
-            f"port={port}: no server answers; start one with 'make serve'"
-        ) from None
-    if answer.is_error and route != "/status":
-        raise SettingsError(answer.json()["error"]["message"])
-    return answer.json()
 
 
 @keys_cli.command("add")

@@ -5,18 +5,25 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.responses import Response
 
 from actors.dream.behaviour import Behaviour
 from actors.dream.curriculum import Progress
 from actors.dream.records import Item
+from actors.dream.report import page
 from actors.errors import InvalidRequest
 from actors.posted import DreamRequest, MemoriesRequest, ScoreRequest
 from door.base import Door, body_of
 from door.limits import parse, parse_json
 
 MAX_LISTED: Final = 100
+PAGE_HEADERS: Final = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+"""The page runs nothing and fetches nothing, whatever a model has written into it."""
 
 router = APIRouter()
 
@@ -105,6 +112,13 @@ class DreamRoutes(Door):
         self._allow(request, "teach")
         found, items = await self._ask("dream", "round", round_id)
         return JSONResponse(found.as_json() | {"items": [_item_as_json(item) for item in items]})
+
+    @router.get("/dream/rounds/{round_id}/report")
+    async def report(self, round_id: str, request: Request) -> HTMLResponse:
+        """The same as one page for people."""
+        self._allow(request, "teach")
+        found, items = await self._ask("dream", "round", round_id)
+        return HTMLResponse(page(found, items), headers=PAGE_HEADERS)
 
     @router.post("/score", openapi_extra=body_of(ScoreRequest))
     async def score(self, request: Request) -> JSONResponse:

@@ -1,0 +1,117 @@
+"""Commands of `reverie` that ask a running server, over HTTP, as any client does."""
+
+import json
+import os
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Any, Final
+
+import typer
+
+from actors.errors import SettingsError
+from actors.settings import MIB
+
+ANSWER_TIMEOUT_S: Final = 10
+WORK_TIMEOUT_S: Final = 900
+
+Port = Annotated[int, typer.Option(help="Port of the door, on 127.0.0.1.")]
+
+
+def status(port: Port = 8000) -> None:
+    """The state of a running cell, as JSON."""
+    print(json.dumps(_ask(port, "GET", "/status"), indent=2))
+
+
+def history(port: Port = 8000) -> None:
+    """The generations that a running cell can return to, newest first."""
+    print("generation  version  kind      public    MiB  committed")
+    for each in _ask(port, "GET", "/checkpoints")["data"]:
+        when = datetime.fromtimestamp(each["created"]).isoformat(" ", "seconds")
+        to = "" if each["returns_to"] is None else f"  returns to {each['returns_to']}"
+        public = "public" if each["is_public"] else ""
+        print(
+            f"{each['generation']:10}  {each['weights_version']:7}  {each['kind']:8}  {public:6}  "
+            f"{each['size_bytes'] / MIB:5.1f}  {when}{to}"
+        )
+
+
+def rollback(
+    generation: Annotated[int, typer.Argument(help="One of 'reverie history'.")], port: Port = 8000
+) -> None:
+    """Make the weights of an earlier generation live again, in a running cell."""
+    made = _ask(port, "POST", "/rollback", {"generation": generation})
+    print(f"generation {made['generation']} has the weights of {generation} and is live and public")
+
+
+def verify(port: Port = 8000) -> None:
+    """Let a running cell read all that it keeps, and compare every hash."""
+    found = _ask(port, "POST", "/checkpoints/verify")
+    damaged = found["damaged_files"] + found["damaged_copies"]
+    for each in damaged:
+        print(f"damaged: {each}")
+    if damaged or found["lost_generations"]:
+        lost = ", ".join(map(str, found["lost_generations"])) or "none"
+        raise SettingsError(f"{len(damaged)} damaged; generations lost: {lost}")
+    print(f"{found['bytes_read'] / MIB:.0f} MiB read, every hash is as it was written")
+
+
+def dream(
+    rounds: Annotated[int, typer.Option(help="How many, one after another.")] = 1,
+    behaviour: Annotated[
+        str | None, typer.Option(help="Which one; drawn for each round if left out.")
+    ] = None,
+    port: Port = 8000,
+) -> None:
+    """Let a running cell dream, and show how it goes."""
+    from rich.console import Console
+
+    from actors.dream.command import follow
+
+    made = follow(partial(_ask, port), rounds, behaviour, Console(highlight=False))
+    if any(each["state"] in ("failed", "taken back") for each in made):
+        raise SettingsError("not every round passed; GET /dream/rounds/ID/report says why")
+
+
+def behaviours(
+    add: Annotated[
+        str | None, typer.Option(help="Add one that ships with Reverie, by its name.")
+    ] = None,
+    port: Port = 8000,
+) -> None:
+    """The behaviours of a running cell and how far each is learned; those that ship with it."""
+    from actors.dream import library
+
+    shipped = {each.name: each for each in library.behaviours()}
+    if add is not None:
+        if add not in shipped:
+            raise SettingsError(f"--add {add!r}: the library has {', '.join(shipped)}")
+        _ask(port, "PUT", f"/behaviours/{add}", shipped[add].model_dump(exclude_defaults=True))
+    there = _ask(port, "GET", "/behaviours")["data"]
+    for each in there:
+        progress = each["progress"]
+        failing = f"fails {progress['failure_rate']:.0%}"
+        print(f"{each['name']:24} {progress['standing']:9} {failing:11} {each['instruction']}")
+    for name in shipped.keys() - {each["name"] for each in there}:
+        print(f"{name:24} {'shipped':9} {'':11} {shipped[name].instruction}")
+
+
+def _ask(port: int, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
+    """The JSON answer of a running cell; raises SettingsError with its words, or without one."""
+    import httpx
+
+    key = os.environ.get("REVERIE_API_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    timeout_s = ANSWER_TIMEOUT_S if method == "GET" else WORK_TIMEOUT_S
+    try:
+        url = f"http://127.0.0.1:{port}{route}"
+        answer = httpx.request(method, url, headers=headers, json=body, timeout=timeout_s)
+    except httpx.HTTPError:
+        raise SettingsError(
+            f"port={port}: no server answers; start one with 'make serve'"
+        ) from None
+    if answer.is_error and route != "/status":
+        raise SettingsError(answer.json()["error"]["message"])
+    return answer.json()
+
+
+COMMANDS: Final = (status, history, rollback, verify, dream, behaviours)
