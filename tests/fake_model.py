@@ -23,6 +23,8 @@ class FakeModel:
     """Log-probability of each token of an answer."""
     likes: Callable[[str, str], float] = lambda prompt, option: LIKELY
     asked: list[str] = field(default_factory=list)
+    is_endless: bool = False
+    """Whether a continued text never comes to its end."""
     delay_s: float = 0.0
     num_tokens: int = 0
 
@@ -49,7 +51,8 @@ class FakeModel:
         stop: Sequence[str] = (),
     ) -> list[Answer]:
         await self._take(prompt)
-        return [answer(self.writes(prompt, seed)) for _ in range(n)]
+        text = self.writes(prompt, seed)
+        return [answer(text, is_finished=not self.is_endless) for _ in range(n)]
 
     async def logprobs(
         self, messages: Sequence[Message], answer: str | Sequence[int]

@@ -1,5 +1,6 @@
 """A round as a page: everything is in it, and nothing in it is run."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -55,13 +56,13 @@ def read(items: list[Item]) -> Tags:
 
 
 def item(**more: Any) -> Item:
-    return Item("i", "round-1", "brief", "new", "Why?", "So.", **{"is_kept": True, **more})
+    made = Item("i", "round-1", "brief", "new", "Why?", "So.", is_kept=True)
+    return replace(made, **more)
 
 
 def test_kept_and_dropped_items_are_there_with_their_reasons() -> None:
-    shown = read(
-        [item(shown=-1.0, hidden=-2.5), item(is_kept=False, reason="21 words, at most 20")]
-    )
+    dropped = item(is_kept=False, reason="21 words, at most 20")
+    shown = read([item(shown=-1.0, hidden=-2.5), dropped])
     for text in ("Why?", "So.", "1.50", "21 words, at most 20", "KL is too high", "0.250", "job"):
         assert (text in shown.text) == (text != "job"), text
     assert {"svg", "polyline"} <= shown.tags

@@ -8,7 +8,7 @@ import pytest
 from actors.dream import library, scenario
 from actors.dream.behaviour import Behaviour
 from actors.dream.scenario import Seed, collide, fault, prompt, write
-from tests.fake_model import FakeModel, answer
+from tests.fake_model import FakeModel
 
 ANY = Behaviour.model_validate(
     {"name": "brief", "instruction": "Reply tersely.", "checks": {"max_words": 5}}
@@ -38,11 +38,8 @@ def test_the_writer_sees_memories_and_topic_and_never_the_instruction() -> None:
 
 
 def test_what_did_not_come_to_its_end_is_no_scenario() -> None:
-    class Endless(FakeModel):
-        async def complete(self, prompt: str, **_: object) -> list[object]:  # type: ignore[override]
-            return [answer("And so it went on and on", is_finished=False)]
-
-    assert asyncio.run(write(Endless(), Seed((), 0), ANY, [], 0.7)) == ""
+    model = FakeModel(writes=lambda prompt, seed: "And so it went on and on", is_endless=True)
+    assert asyncio.run(write(model, Seed((), 0), ANY, [], 0.7)) == ""
 
 
 @pytest.mark.parametrize(
