@@ -171,6 +171,8 @@ class DreamSettings(_Group):
     """A round that keeps fewer answers teaches nothing: they would weigh too much."""
     held_out: int = Field(default=16, ge=4, le=256)
     """Situations of each behaviour that are only ever used to test it."""
+    canaries: Literal[8, 16, 32, 64] = 64
+    """Prompts that the gate measures by, half of them short; fewer are quicker and noisier."""
     rehearsal: float = Field(default=0.25, ge=0, le=1)
     """Items of other behaviours, learned earlier, as a share of what is new."""
     replay: float = Field(default=0.25, ge=0, le=1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,18 @@ def cell(
     if running := os.environ.get("REVERIE_TEST_CELL"):
         yield RunningCell(running, Path(os.environ["REVERIE_HOME"]))
         return
-    model_dir = request.getfixturevalue("model_dir")
-    home, port = tmp_path_factory.mktemp("cell"), free_port()
+    with started_cell(tmp_path_factory.mktemp("cell"), request.getfixturevalue("model_dir")) as one:
+        yield one
+
+
+@contextmanager
+def started_cell(home: Path, model_dir: Path, *settings: str) -> Iterator[RunningCell]:
+    """A cell of its own, with settings as `group.key=value`; stopped with Ctrl-C at the end."""
+    port = free_port()
     command = [sys.executable, "-m", "actors.cli", "up", "--port", str(port)]
-    log = (home / "log").open("w")
+    for setting in settings:
+        command += ["--set", setting]
+    log = (home / "log").open("a")
     process = subprocess.Popen(
         [*command, "--model", str(model_dir)],
         env=os.environ | {"REVERIE_HOME": str(home)},

@@ -123,7 +123,7 @@ def test_only_what_passed_and_was_not_marked_is_rehearsed(store: DreamStore) -> 
         number = made.number
         store.save_items([replace(ITEM, id=f"kept-{number}", round_id=made.id)])
         store.save_items([replace(ITEM, id=f"dropped-{number}", round_id=made.id, is_kept=False)])
-        made.state = state  # type: ignore[assignment]
+        made.state = state
         store.save_round(made)
     store.mark_items("round-3")
     assert [item.id for item in store.learned(besides="other")] == ["kept-1"]

@@ -27,6 +27,7 @@ from actors.dream.manners import PoliteModel
 from actors.dream.records import Attempt, Item, Round
 from actors.dream.store import DreamStore
 from actors.dream.together import together
+from actors.errors import Conflict
 from actors.messages import JobView
 from actors.posted import ChatSample, TrainConfig
 from actors.settings import DreamSettings
@@ -106,10 +107,17 @@ class Dream:
         """The base that the gate compares with; made when it is first asked for."""
         note = self.store.note("record")
         if note is not None:
-            return Record.from_json(note)
+            known = Record.from_json(note)
+            if len(known.answers) != self.settings.canaries:
+                raise Conflict(
+                    f"dream.canaries={self.settings.canaries}, but the base was recorded with "
+                    f"{len(known.answers)}: set it back"
+                ).about("dream.canaries")
+            return known
         self.tell("recording the base", 0, 1)
         made = await self._gate().record(self.cell.weights_version())
-        answers = await together(list(map(self._base_answer, library.general())))
+        prompts = library.general()[: self.settings.canaries]
+        answers = await together(list(map(self._base_answer, prompts)))
         self.store.write_note("replay", answers)
         self.store.write_note("record", made.as_json())
         return made
@@ -310,7 +318,8 @@ class Dream:
         self.store.save_round(of)
 
     def _gate(self) -> Gate:
-        return Gate(self.model, library.canaries(), library.pushback())
+        every = len(library.canaries()) // self.settings.canaries
+        return Gate(self.model, library.canaries()[::every], library.pushback()[::every])
 
     def _imagination(self, behaviour: Behaviour) -> Imagination:
         return Imagination(self.model, self.store, self.settings, behaviour, self.tell)
