@@ -173,14 +173,14 @@ class Server:
 
     def dream(self, name: str, say: Any) -> dict[str, Any]:
         """One round of a behaviour, to its end."""
+        known = {each["id"] for each in self.get("/dream/rounds")["data"]}
         self.send("POST", "/dream", {"rounds": 1, "behaviour": name})
         deadline, shown = time.monotonic() + ROUND_TIMEOUT_S, ""
         while time.monotonic() < deadline:
+            newest = self.get("/dream/rounds")["data"][:1]
+            if newest and newest[0]["ended"] and newest[0]["id"] not in known:
+                return dict(newest[0])
             report = self.get("/status")["dream"]
-            if report is not None and report["round_id"] is None and report["asked"] == 0:
-                newest = self.get("/dream/rounds")["data"][:1]
-                if newest and newest[0]["ended"]:
-                    return dict(newest[0])
             stage = f"{report['stage']} {report['done']}/{report['total']}" if report else ""
             if stage != shown:
                 say(f"    {name}: {stage}", is_passing=True)

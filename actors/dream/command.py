@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 LOOK_INTERVAL_S: Final = 0.5
+MAX_IDLE_LOOKS: Final = 10
+"""The status is a second old or so: only after this many looks is a round not to be expected."""
 
 Ask = Callable[..., Any]
 """`ask(method, route, body)` is the JSON answer of the server."""
@@ -30,6 +32,7 @@ def follow(ask: Ask, rounds: int, behaviour: str | None, console: Console) -> li
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("waiting", total=None, round_id="")
+        num_idle = 0
         while True:
             report = ask("GET", "/status").get("dream") or {}
             progress.update(
@@ -44,7 +47,9 @@ def follow(ask: Ask, rounds: int, behaviour: str | None, console: Console) -> li
                     known.add(each["id"])
                     ended.append(each)
                     progress.console.print(summary(each))
-            if report and not report["round_id"] and not report["asked"]:
+            is_idle = bool(report) and not report["round_id"] and not report["asked"]
+            num_idle = num_idle + 1 if is_idle else 0
+            if len(ended) >= rounds or num_idle > MAX_IDLE_LOOKS:
                 return ended
             time.sleep(LOOK_INTERVAL_S)
 
