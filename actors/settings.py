@@ -171,7 +171,7 @@ class DreamSettings(_Group):
     """A round that keeps fewer answers teaches nothing: they would weigh too much."""
     held_out: int = Field(default=16, ge=4, le=256)
     """Situations of each behaviour that are only ever used to test it."""
-    canaries: Literal[8, 16, 32, 64] = 64
+    canaries: int = 64
     """Prompts that the gate measures by, half of them short; fewer are quicker and noisier."""
     rehearsal: float = Field(default=0.25, ge=0, le=1)
     """Items of other behaviours, learned earlier, as a share of what is new."""
@@ -198,6 +198,13 @@ class DreamSettings(_Group):
     log_conversations: bool = False
     """Keep exchanges, so that they can become candidates; the header x-reverie-log wins."""
     budgets: Budgets = Budgets()
+
+    @field_validator("canaries")
+    @classmethod
+    def _check_canaries(cls, canaries: int) -> int:
+        if canaries not in (8, 16, 32, 64):
+            raise ValueError("choose 8, 16, 32 or 64")
+        return canaries
 
     @model_validator(mode="after")
     def _check_band(self) -> Self:

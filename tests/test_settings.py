@@ -122,3 +122,12 @@ def test_settings_cannot_be_rewritten() -> None:
         settings.port = 1
     with pytest.raises(ValidationError, match="frozen"):
         settings.engine.threads = 4
+
+
+def test_settings_of_dreams_are_read_from_words_and_checked_together() -> None:
+    assert Settings.from_pairs({"dream.canaries": "16"}).dream.canaries == 16
+    with pytest.raises(SettingsError, match="dream.canaries='12'.*choose 8, 16, 32 or 64"):
+        Settings.from_pairs({"dream.canaries": "12"})
+    assert Settings.from_pairs({"dream.budgets.max_kl": "0.1"}).dream.budgets.max_kl == 0.1
+    with pytest.raises(SettingsError, match="min_divergence=4 is not below max_divergence=3"):
+        Settings.from_pairs({"dream.min_divergence": "4"})
