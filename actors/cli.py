@@ -251,6 +251,31 @@ def demo(
     run(f"http://127.0.0.1:{port}", picture)
 
 
+@cli.command()
+def mirror(
+    destination: Annotated[str, typer.Argument(help="A directory, or host:path over ssh.")],
+    model: Annotated[str, typer.Option(help="Which model of REVERIE_HOME.")] = DEFAULT_MODEL,
+) -> None:
+    """Bring a copy of a model's state up to date, by rsync, while its cell runs or not."""
+    from actors.mirror import mirror as ship
+
+    made = ship(default_home(), model, destination, Clock().say)
+    print(f"generation {made.generation} (version {made.weights_version}) is mirrored and verified")
+
+
+@cli.command()
+def restore(
+    source: Annotated[str, typer.Argument(help="What 'reverie mirror' has made.")],
+) -> None:
+    """Put a mirror's state into an empty REVERIE_HOME; 'reverie up' recovers from it."""
+    from actors.mirror import restore as bring_back
+
+    made = bring_back(default_home(), source, Clock().say)
+    print(
+        f"generation {made.generation} of {made.model} is there; start it with its name as --model"
+    )
+
+
 @keys_cli.command("add")
 def keys_add(
     scope: Annotated[str, typer.Option(help="use (ask the model) or teach (also change it).")],

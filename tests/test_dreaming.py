@@ -62,10 +62,9 @@ def wait_stage(cell: RunningCell, stage: str) -> None:
 def wait_ended(cell: RunningCell, round_id: str) -> dict[str, Any]:
     deadline = time.monotonic() + ROUND_TIMEOUT_S
     while time.monotonic() < deadline:
-        if cell.is_ready():
-            made: dict[str, Any] = cell.get(f"/dream/rounds/{round_id}")
-            if made["ended"]:
-                return made
+        rounds = cell.get("/dream/rounds")["data"] if cell.is_ready() else []
+        if any(each["id"] == round_id and each["ended"] for each in rounds):
+            return dict(cell.get(f"/dream/rounds/{round_id}"))
         time.sleep(0.5)
     raise AssertionError(cell.get("/status"))
 
