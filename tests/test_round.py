@@ -200,7 +200,7 @@ def test_every_item_has_its_reason(story: Story) -> None:
     items = [item for item in story.store.items(made.id) if item.kind == "new"]
     assert len(items) == 6 * (1 + 2)
     assert all(item.is_kept or item.reason for item in items)
-    assert any(item.reason == "likelier answers to it are learned" for item in items)
+    assert any(item.reason == "stronger answers to it are learned" for item in items)
 
 
 def test_harm_is_taken_back_tried_at_half_the_rate_and_then_stopped(story: Story) -> None:

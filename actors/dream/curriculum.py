@@ -16,8 +16,8 @@ Standing = Literal["learning", "resting", "stopped"]
 
 MIN_WEIGHT: Final = 0.05
 """So that a behaviour that hardly fails is still drawn at times."""
-COOLEST: Final = 0.6
-HOTTEST: Final = 0.9
+COOLEST: Final = 0.5
+HOTTEST: Final = 0.8
 MEMORY: Final = 0.5
 """Share of the newest test in the failure rate; the rest is what was known."""
 RETEST_ROUNDS: Final = 4

@@ -153,7 +153,7 @@ class Imagination:
         for at, answer in enumerate(found, 1):
             before = [item.answer for item in items[1:]]
             items.append(await self._weigh(of, number, at, text, answer, before))
-        return self._keep_likeliest(items)
+        return self._keep_strongest(items)
 
     async def _weigh(
         self, of: Round, number: int, at: int, text: str, answer: Answer, before: Sequence[str]
@@ -181,13 +181,14 @@ class Imagination:
         verdict = await judge(self.model, self.behaviour, text, answer, examples)
         return None if verdict.is_good else "; ".join(verdict.reasons)
 
-    def _keep_likeliest(self, items: list[Item]) -> list[Item]:
+    def _keep_strongest(self, items: list[Item]) -> list[Item]:
+        """Those that the instruction has changed most: what they teach is the instruction."""
         kept = sorted(
-            (item for item in items if item.is_kept), key=lambda item: -(item.shown or 0.0)
+            (item for item in items if item.is_kept), key=lambda item: -(item.divergence or 0.0)
         )
         too_many = {item.id for item in kept[self.settings.kept_per_scenario :]}
         return [
-            replace(item, is_kept=False, reason="likelier answers to it are learned")
+            replace(item, is_kept=False, reason="stronger answers to it are learned")
             if item.id in too_many
             else item
             for item in items

@@ -15,7 +15,7 @@ from actors.dream.behaviour import Behaviour
 from actors.dream.library import ScenarioExample
 from actors.dream.model import LiveModel
 
-NUM_EXAMPLES: Final = 4
+NUM_EXAMPLES: Final = 6
 MAX_TOKENS: Final = 48
 MIN_WORDS: Final = 3
 MAX_WORDS: Final = 60
