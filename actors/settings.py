@@ -189,8 +189,8 @@ class DreamSettings(_Group):
     """Passes over a round's items."""
     is_gated: bool = True
     """Whether a round outside a budget is taken back. Turn it off in experiments only."""
-    round_timeout_s: float = Field(default=3600, gt=0)
-    """Longest time of a round, waiting for an idle machine not counted."""
+    round_timeout_s: float = Field(default=4 * 3600, gt=0)
+    """Longest time of a round, waiting for clients included; then it is taken back."""
     max_rounds_queued: int = Field(default=64, ge=1)
     """Most rounds that may be asked for and not done."""
     seed: int = Field(default=0, ge=0, lt=2**31)

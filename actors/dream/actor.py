@@ -260,7 +260,7 @@ class Dreamer:
         self._running = asyncio.create_task(dream.run(of))
         try:
             await asyncio.wait_for(self._running, self._settings.dream.round_timeout_s)
-        except Unavailable as error:
+        except (Unavailable, TooBusy) as error:
             log.warning("%s waits: %s", of.id, error)
             self._paused = str(error)
             await asyncio.sleep(RETRY_S)
@@ -269,9 +269,12 @@ class Dreamer:
             if not self._is_stopping:
                 raise
             await self._end(dream, of, "it was stopped on request")
+        except TimeoutError:
+            limit = self._settings.dream.round_timeout_s
+            await self._end(dream, of, f"it took longer than dream.round_timeout_s={limit:g}")
         except Exception as error:
             log.exception("%s ended", of.id)
-            await self._end(dream, of, in_words(error) or "it took too long")
+            await self._end(dream, of, in_words(error))
         finally:
             self._is_stopping, self._running = False, None
             self._round, self._stage = None, None

@@ -8,7 +8,7 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 
 from actors.calls import within
-from actors.errors import Conflict, ReverieError, Unavailable
+from actors.errors import Conflict, ReverieError, TooBusy, Unavailable
 from actors.messages import JobView, TakeBack
 from actors.posted import ChatSample, CheckpointRequest, TrainConfig, TrainRequest
 from actors.settings import Settings
@@ -62,7 +62,7 @@ class CellCalls:
             except RayTaskError as error:
                 if not isinstance(error.cause, ReverieError):
                     raise
-                if pause is None or not isinstance(error.cause, Unavailable):
+                if pause is None or not isinstance(error.cause, Unavailable | TooBusy):
                     raise error.cause from None
             except (RayError, TimeoutError):
                 raise Unavailable("an actor of the cell went away; it restarts") from None

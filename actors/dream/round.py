@@ -162,7 +162,9 @@ class Dream:
         items = self.store.items(of.id)
         num_new = sum(item.is_kept and item.kind == "new" for item in items)
         rng = random.Random(self.settings.seed + of.number)
-        known = self.store.learned(besides=of.behaviour)
+        there = {behaviour.name for behaviour, _ in self.store.behaviours()}
+        learned = self.store.learned(besides=of.behaviour)
+        known = [item for item in learned if item.behaviour in there]
         rehearsed = rng.sample(known, min(len(known), round(self.settings.rehearsal * num_new)))
         answers = self.store.note("replay") or []
         replayed = rng.sample(answers, min(len(answers), round(self.settings.replay * num_new)))
