@@ -1,0 +1,199 @@
+"""The dream actor without Ray: what it takes on, in which order, and what it refuses."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.dream import actor as actors_dream
+from actors.dream.actor import Dreamer
+from actors.dream.behaviour import Behaviour
+from actors.dream.round import Dream
+from actors.dream.store import DreamStore
+from actors.errors import Conflict, InvalidRequest, NotFound, TooBusy
+from actors.messages import CellPaths
+from actors.posted import DreamRequest, MemoriesRequest, ScoreRequest
+from actors.settings import DreamSettings, Settings
+from actors.traffic import Traffic
+from actors.versions import VersionCounter
+from tests.fake_model import FakeModel
+
+BRIEF = Behaviour.model_validate(
+    {"name": "brief", "instruction": "Be brief.", "checks": {"max_words": 3}}
+)
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A dreamer over a fake model whose rounds are noted and not run."""
+    paths = CellPaths(str(tmp_path / "tiny"), str(tmp_path), str(tmp_path / "ledger.sqlite"))
+    VersionCounter.create(paths.versions)
+    Traffic.create(paths.traffic)
+    nobody: Any = None
+    settings = Settings(home=tmp_path, dream=DreamSettings(max_rounds_queued=3))
+    dreamer: Any = Dreamer(settings, paths, nobody, nobody)
+    dreamer._store = DreamStore(paths.dream)
+    dreamer._engine = FakeModel(
+        holds=lambda messages, text: -0.5 if messages[0]["role"] == "system" else -2.0
+    )
+    monkeypatch.setattr(actors_dream, "LOOK_INTERVAL_S", 0.01)
+    yield SimpleNamespace(dreamer=dreamer, store=dreamer._store, paths=paths, settings=settings)
+    dreamer._store.close()
+
+
+def run(call: Awaitable[Any]) -> Any:
+    async def it() -> Any:
+        return await call
+
+    return asyncio.run(it())
+
+
+def ask(made: Any, **request: Any) -> Any:
+    return run(made.dreamer.dream(DreamRequest(**request)))
+
+
+def configure(made: Any, **dream: Any) -> None:
+    changed = made.settings.dream.model_copy(update=dream)
+    made.dreamer._settings = made.settings.model_copy(update={"dream": changed})
+
+
+def test_without_a_behaviour_there_is_nothing_to_dream_of(made: Any) -> None:
+    with pytest.raises(Conflict, match="PUT /behaviours"):
+        ask(made)
+    with pytest.raises(NotFound, match="no behaviour 'brief'"):
+        ask(made, behaviour="brief")
+
+
+def test_rounds_that_are_asked_for_are_queued_up_to_a_bound(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    assert ask(made, rounds=2).asked == 2
+    with pytest.raises(TooBusy, match="2 rounds are queued and 2 more would exceed.* 3"):
+        ask(made, rounds=2, behaviour="brief")
+    assert ask(made, behaviour="brief").asked == 3
+    assert made.store.note("asked") == [None, None, "brief"], "on disk, whatever becomes of us"
+
+
+def test_a_round_is_begun_of_what_was_asked_for_and_each_only_once(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    made.store.put_behaviour(BRIEF.model_copy(update={"name": "other"}))
+    ask(made, behaviour="other")
+    begun = made.dreamer._next_round()
+    assert (begun.behaviour, made.store.note("asked")) == ("other", [])
+    begun.state = "empty"
+    made.store.save_round(begun)
+    assert made.dreamer._next_round() is None
+
+
+def test_a_behaviour_that_was_deleted_meanwhile_is_passed_over(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    ask(made, behaviour="brief")
+    made.store.delete_behaviour("brief")
+    assert made.dreamer._next_round() is None and made.store.note("asked") == []
+
+
+def test_by_itself_it_dreams_only_if_told_to_and_after_a_while_of_silence(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    assert made.dreamer._next_round() is None
+    configure(made, when_idle=True, idle_s=60)
+    door = Traffic(made.paths.traffic, is_writable=True)
+    door.enter()
+    assert made.dreamer._next_round() is None
+    door.leave()
+    assert made.dreamer._next_round() is None
+    configure(made, when_idle=True, idle_s=0)
+    assert made.dreamer._next_round().behaviour == "brief"
+
+
+@pytest.mark.parametrize("budget", ["max_tokens_per_day", "max_steps_per_day"])
+def test_a_budget_that_is_used_up_holds_rounds_back_and_is_said(made: Any, budget: str) -> None:
+    made.store.put_behaviour(BRIEF)
+    configure(made, **{budget: 0})
+    assert ask(made).asked == 1
+    assert made.dreamer._next_round() is None
+    assert f"dream.{budget}=0 is used up" in made.dreamer._describe().paused
+    assert made.dreamer._describe().asked == 1, "it is not forgotten"
+    configure(made)
+    assert made.dreamer._next_round() is not None
+
+
+def story(made: Any, dream: Callable[[Any], Awaitable[Any]], seconds: float) -> None:
+    """Let the loop run for a while with `dream` in the place of a round."""
+
+    async def told() -> None:
+        loop = asyncio.create_task(made.dreamer._dream_on())
+        await asyncio.sleep(seconds)
+        if made.dreamer._running is not None:
+            await made.dreamer.stop_dreaming()
+            await asyncio.sleep(0.1)
+        loop.cancel()
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Dream, "run", lambda self, of: dream(of))
+    try:
+        asyncio.run(told())
+    finally:
+        monkey.undo()
+
+
+def test_stopping_forgets_what_was_asked_and_ends_the_round(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    ask(made, rounds=3)
+
+    async def never_ends(of: Any) -> None:
+        await asyncio.sleep(60)
+
+    story(made, never_ends, 0.3)
+    (only,) = made.store.rounds(10)
+    assert (only.state, only.reason) == ("failed", "it was stopped on request")
+    assert made.store.note("asked") == [] and made.dreamer._reason is None
+
+
+def test_a_round_that_breaks_off_says_why_and_the_next_one_comes(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    ask(made, rounds=2)
+
+    async def breaks(of: Any) -> None:
+        raise InvalidRequest("vLLM refused it")
+
+    story(made, breaks, 0.5)
+    assert [each.reason for each in made.store.rounds(10)] == ["vLLM refused it"] * 2
+    assert made.dreamer._reason is None
+
+
+def score(made: Any, *roles: str, strip: Any = None) -> Any:
+    messages = [{"role": role, "content": f"words of {role}"} for role in roles]
+    more = {} if strip is None else {"strip": strip}
+    return run(made.dreamer.score(ScoreRequest.model_validate({"messages": messages, **more})))
+
+
+def test_a_score_is_what_the_instruction_adds_per_token(made: Any) -> None:
+    found = score(made, "system", "user", "assistant")
+    assert found == {"with": -0.5, "without": -2.0, "divergence": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("roles", "strip", "says"),
+    [
+        (("system", "user"), None, "the last one is the user's"),
+        (("user", "assistant"), None, "no message is stripped"),
+        (("system", "assistant"), None, "every message is stripped"),
+        (("system", "user", "assistant"), ["tool"], "no message is stripped"),
+    ],
+)
+def test_a_score_without_two_sides_is_refused(
+    made: Any, roles: tuple[str, ...], strip: Any, says: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        score(made, *roles, strip=strip)
+
+
+def test_memories_get_ids_and_come_back_newest_first(made: Any) -> None:
+    posted = {"memories": [{"text": "one"}, {"text": "two", "id": "mine", "tags": ["a"]}]}
+    kept = run(made.dreamer.add_memories(MemoriesRequest.model_validate(posted)))
+    assert kept[0].id.startswith("memory-") and kept[1].id == "mine"
+    assert run(made.dreamer.memories(10)) == kept[::-1]
+    run(made.dreamer.delete_memory("mine"))
+    assert run(made.dreamer.memories(10)) == kept[:1]
