@@ -117,14 +117,19 @@ def situation(base: str) -> str:
 
 
 def victim_pid(status: dict[str, Any], victim: str) -> int | None:
-    """The process to kill; for `engine` it is vLLM's child, not the actor."""
+    """The process to kill; for `engine` it is vLLM's child, not the actor.
+
+    By its parent and not by its title, which vLLM does not always come to set.
+    """
     if not status.get(victim):
         return None
     if victim != "engine":
         return int(status[victim]["pid"])
     for pid in status["engine"]["child_pids"]:
         with contextlib.suppress(psutil.Error):
-            if "EngineCore" in " ".join(psutil.Process(pid).cmdline()):
+            process = psutil.Process(pid)
+            is_direct = process.ppid() == status["engine"]["pid"]
+            if is_direct and "resource_tracker" not in " ".join(process.cmdline()):
                 return int(pid)
     return None
 
