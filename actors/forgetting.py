@@ -9,10 +9,12 @@ was in the job's first epoch and after theirs, so the steps that stay are of the
 """
 
 import json
+import sqlite3
 import time
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 
-from actors.errors import NotFound
 from actors.lineage import Lineage
 from actors.past import Remembered
 
@@ -27,26 +29,22 @@ class Forgetting(Lineage):
     ) -> Remembered:
         """What forgetting these samples takes, with the weights at `version`.
 
-        `kept` are the versions that can be returned to. Raises NotFound for one never accepted, or
-        forgotten already.
+        `kept` are the versions that can be returned to.
         """
         with self._lock:
-            for sample_id in sample_ids:
-                if self._is_forgotten(sample_id):
-                    raise NotFound(f"sample {sample_id!r} is forgotten already").about("item")
-                if self._row("SELECT 1 FROM samples WHERE id = ?", sample_id) is None:
-                    raise NotFound(f"there is no sample {sample_id!r} to forget").about("item")
+            missing = next(filter(None, map(self._why_missing, sample_ids)), None)
             first = self._first_of(sample_ids, version)
             if first is None:
-                return Remembered()
+                return Remembered(missing)
             clean = [each for each in kept if each < first and self._is_on_the_way(each, version)]
             if not clean:
-                return Remembered(is_learned=True)
+                return Remembered(missing, is_learned=True)
             goal = max(clean)
             steps = self._made(self._spans(version, since=goal))
             others = [step for step in steps if step["sample_id"] not in sample_ids]
             again = [step for step in others if self._is_recorded(step["version"])]
             return Remembered(
+                missing=missing,
                 is_learned=True,
                 clean_version=goal,
                 jobs=tuple(dict.fromkeys(step["job_id"] for step in steps)),
@@ -65,15 +63,35 @@ class Forgetting(Lineage):
     def holding_forgotten(self, versions: Sequence[int]) -> tuple[int, ...]:
         """Those of the versions whose weights have learned what is forgotten."""
         with self._lock:
-            gone = [row["id"] for row in self._db.execute("SELECT id FROM forgotten")]
-            return tuple(each for each in versions if self._first_of(gone, each) is not None)
+            rows = self._db.execute(
+                "SELECT version FROM made WHERE sample_id IN (SELECT id FROM forgotten)"
+            )
+            made = sorted(row["version"] for row in rows)
+            return tuple(
+                each
+                for each in versions
+                if any(
+                    bisect_right(made, after) < bisect_right(made, until)
+                    for after, until in self._spans(each)
+                )
+            )
 
     def wipe(self) -> None:
-        """Leave nothing of removed rows in the write-ahead log either; SQLite zeroes the rest."""
-        with self._lock:
+        """Leave nothing of removed rows in the write-ahead log either; SQLite zeroes the rest.
+
+        On a full disk that waits for the next time, or boot.
+        """
+        with self._lock, suppress(sqlite3.OperationalError):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # Below, the lock is held.
+
+    def _why_missing(self, sample_id: str) -> str | None:
+        if self._is_forgotten(sample_id):
+            return f"sample {sample_id!r} is forgotten already"
+        if self._row("SELECT 1 FROM samples WHERE id = ?", sample_id) is None:
+            return f"there is no sample {sample_id!r} to forget"
+        return None
 
     def _is_recorded(self, version: int) -> bool:
         return self._row("SELECT 1 FROM steps WHERE version = ?", version) is not None

@@ -198,9 +198,8 @@ class Hold:
 class TakeBack:
     """What a dream taught shall not have been: produced by it, done by the checkpoint actor."""
 
-    generation: int
-    """Whose weights shall be live again; what else was learned since is learned again."""
     sample_ids: tuple[str, ...]
+    """They are forgotten; what else was learned since the first of them is learned again."""
 
 
 @dataclass(frozen=True)

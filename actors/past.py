@@ -40,7 +40,6 @@ class Drift:
     num_elements: int
     num_changed: int
     """Of a chunk of weights most of which changed, every element is counted."""
-    share_changed: float
     num_tensors: int
     """Tensors of which something changed."""
 
@@ -63,6 +62,8 @@ class GenerationDetail:
 class Remembered:
     """What forgetting some samples takes: produced by the trainer, for the checkpoint actor."""
 
+    missing: str | None = None
+    """Why one of them is not there, in words."""
     is_learned: bool = False
     """Whether they are in the live weights."""
     clean_version: int | None = None
