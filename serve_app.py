@@ -22,13 +22,19 @@ from starlette.routing import Match
 
 from actors.errors import InvalidRequest, MalformedRequest, NotFound, ReverieError, Unavailable
 from actors.messages import JobView
-from actors.posted import MAX_ID_CHARS, CheckpointRequest, RollbackRequest, TrainRequest
+from actors.posted import (
+    MAX_ID_CHARS,
+    CheckpointRequest,
+    ForgetRequest,
+    RollbackRequest,
+    TrainRequest,
+)
 from actors.settings import Settings
 from door.base import body_of
 from door.dream_routes import DreamRoutes
 from door.dream_routes import router as dream_router
 from door.metrics import render
-from door.views import as_json, job_as_json, status_as_json
+from door.views import as_json, generation_as_json, job_as_json, status_as_json
 
 EVENT_INTERVAL_S: Final = 0.25
 MAX_JOBS_LISTED: Final = 100
@@ -199,6 +205,14 @@ class Ingress(DreamRoutes):
         views = await self._ask("checkpoint", "history")
         return JSONResponse({"data": [as_json(view) for view in views]})
 
+    @app.get("/checkpoints/{generation:int}")
+    async def generation(self, generation: int, request: Request) -> JSONResponse:
+        """What was learned in one generation: its items, without their texts, losses and drift."""
+        self._allow(request, "teach")
+        limit = self._settings.cell.checkpoint_timeout_s
+        detail = await self._ask("checkpoint", "show", generation, timeout_s=limit)
+        return JSONResponse(generation_as_json(detail))
+
     @app.post("/checkpoints/verify")
     async def verify(self, request: Request) -> JSONResponse:
         """Read all that is kept and compare every hash."""
@@ -215,6 +229,15 @@ class Ingress(DreamRoutes):
             limit = self._settings.cell.checkpoint_timeout_s
             made = await self._ask("checkpoint", "roll_back", posted, timeout_s=limit)
             return JSONResponse(as_json(made))
+
+    @app.post("/forget", openapi_extra=body_of(ForgetRequest))
+    async def forget(self, request: Request) -> JSONResponse:
+        """Undo what was learned of one sample, and never learn it again; all others stay."""
+        with self._slots.one():
+            posted = await self._body(request, ForgetRequest)
+            limit = self._settings.cell.checkpoint_timeout_s
+            done = await self._ask("checkpoint", "forget", posted, timeout_s=limit)
+            return JSONResponse(as_json(done))
 
     # Looking in.
 

@@ -43,6 +43,54 @@ def rollback(
     print(f"generation {made['generation']} has the weights of {generation} and is live and public")
 
 
+def show(
+    generation: Annotated[int, typer.Argument(help="One of 'reverie history'.")], port: Port = 8000
+) -> None:
+    """What was learned in a generation: its items, their losses, and how much changed."""
+    made = _ask(port, "GET", f"/checkpoints/{generation}")
+    learned, drift = made["learned"], made["drift"]
+    when = datetime.fromtimestamp(made["created"]).isoformat(" ", "seconds")
+    parent = "a beginning" if made["parent"] is None else f"after generation {made['parent']}"
+    print(f"generation {generation}: {made['kind']}, version {made['weights_version']}, {parent}")
+    print(f"committed {when}; {drift['share_changed']:.2%} of the elements changed", end="")
+    print(f", in {drift['num_tensors']} tensors")
+    if made["returns_to"] is not None:
+        undone = "learned again" if made["is_learned_again"] else "undone"
+        print(f"returns to generation {made['returns_to']}; what was learned since was {undone}")
+    for item in made["forgotten"]:
+        print(f"forgot {item}")
+    if not learned["num_steps"]:
+        return
+    print(f"{learned['num_items']} items in {learned['num_steps']} steps; loss", end=" ")
+    print(f"{learned['first_loss']:.3f} to {learned['last_loss']:.3f}", end=", ")
+    print(f"mean {learned['mean_loss']:.3f}\nitem  source  job  position  steps  loss")
+    for item in learned["items"]:
+        place = "forgotten" if item["is_forgotten"] else item["position"]
+        print(
+            f"{item['id']}  {item['source'] or '-'}  {item['job_id']}  {place}  "
+            f"{item['num_steps']}  {item['first_loss']:.3f} to {item['last_loss']:.3f}"
+        )
+
+
+def forget(
+    item: Annotated[str, typer.Argument(help="Id of a sample, as 'reverie show' lists them.")],
+    port: Port = 8000,
+) -> None:
+    """Undo what was learned of one sample, and never learn it again; all others stay."""
+    done = _ask(port, "POST", "/forget", {"item": item})
+    if done["generation"] is None:
+        print(f"{item} was not in the weights, and is forgotten")
+        return
+    print(f"{item} is forgotten: generation {done['generation']} has the weights of", end=" ")
+    print(f"{done['returned_to']} and is live and public; {done['undone_steps']} steps were undone")
+    print(f"{done['steps_to_learn_again']} of them are learned again, of", end=" ")
+    print(f"{done['samples_to_learn_again']} samples: see /train/jobs")
+    if not done["has_optimizer"]:
+        print("that generation's optimizer was not kept any more: learning has new moments")
+    if done["steps_lost"]:
+        print(f"{done['steps_lost']} steps are lost: a return had undone them before")
+
+
 def verify(port: Port = 8000) -> None:
     """Let a running cell read all that it keeps, and compare every hash."""
     found = _ask(port, "POST", "/checkpoints/verify")
@@ -114,4 +162,4 @@ def _ask(port: int, method: str, route: str, body: dict[str, Any] | None = None)
     return answer.json()
 
 
-COMMANDS: Final = (status, history, rollback, verify, dream, behaviours)
+COMMANDS: Final = (status, history, show, rollback, forget, verify, dream, behaviours)

@@ -67,6 +67,9 @@ class Database:
             ).about("home")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
+        self._db.execute("PRAGMA secure_delete = ON")
+        if 0 < found < newest:
+            self._db.execute("VACUUM")  # Older ones left copies of rows in unused parts of pages.
         with self._transaction():
             for statement in self.SCHEMA if found == 0 else ():
                 self._db.execute(statement)

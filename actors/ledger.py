@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from actors.errors import Conflict, NotFound, SettingsError, TooBusy, Unavailable
+from actors.history import History
 from actors.messages import (
     Acceptance,
     EndState,
@@ -31,10 +32,9 @@ from actors.messages import (
 )
 from actors.posted import TrainConfig
 from actors.rows import last_step, sample_columns, sample_of, total_steps
-from actors.trials import Trials
 
 
-class Ledger(Trials):
+class Ledger(History):
     """Every method that changes something is one transaction, on disk when it returns.
 
     Safe for threads; every call may wait for the disk, and for BUSY_TIMEOUT_S for another process.
@@ -104,6 +104,9 @@ class Ledger(Trials):
                 config=TrainConfig.model_validate_json(job["config"]),
                 steps_done=self._num_steps(job["id"]),
                 round_id=job["round_id"],
+                again_until=job["again_until"],
+                ends_as=job["again_as"] or "done",
+                error=job["error"] if job["again_as"] else None,
             )
 
     def start_job(self, job_id: str, version: int) -> None:
@@ -227,7 +230,7 @@ class Ledger(Trials):
         with self._lock:
             sample = self._row("SELECT * FROM samples WHERE id = ?", sample_id)
             if sample is None:
-                raise NotFound(f"sample {sample_id!r} was never accepted")
+                raise NotFound(f"sample {sample_id!r} was never accepted, or is forgotten")
             if sample["state"] != "trained":
                 return sample["state"], None
             job_id = sample["job_id"]
@@ -249,6 +252,11 @@ class Ledger(Trials):
         duplicates: list[str] = []
         for sample in samples:
             known = self._row("SELECT content_hash FROM samples WHERE id = ?", sample.id)
+            if known is None and self._is_forgotten(sample.id):
+                raise Conflict(
+                    f"sample id {sample.id!r} was forgotten and is never learned again; nothing of "
+                    "this request was queued: leave it out, or give it a new id"
+                ).about("samples")
             if known is None and sample.id not in fresh:
                 fresh[sample.id] = sample
                 continue

@@ -22,8 +22,8 @@ class LedgerRows(Database):
 
     def _end(self, job_id: str, state: JobState, version: int | None, error: str | None) -> None:
         self._db.execute(
-            "UPDATE jobs SET state = ?, version_after = ?, error = ?, cancel_requested = 0 "
-            "WHERE id = ?",
+            "UPDATE jobs SET state = ?, version_after = ?, error = ?, cancel_requested = 0, "
+            "again_until = NULL, again_as = NULL WHERE id = ?",
             (state, version, error, job_id),
         )
         left = self._db.execute(

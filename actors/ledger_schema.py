@@ -2,6 +2,22 @@
 
 from typing import Final
 
+_PAST: Final = (
+    # Steps that a return has undone: older generations still hold them.
+    """CREATE TABLE undone (
+        job_id TEXT NOT NULL,
+        step_index INTEGER NOT NULL,
+        sample_id TEXT NOT NULL,
+        version INTEGER PRIMARY KEY,
+        loss REAL NOT NULL)""",
+    # The weights of `version` are those of `after`.
+    "CREATE TABLE returns (version INTEGER PRIMARY KEY, after INTEGER NOT NULL)",
+    # All that is left of a sample that must never be learned again.
+    "CREATE TABLE forgotten (id TEXT PRIMARY KEY, job_id TEXT NOT NULL, created REAL NOT NULL)",
+    """CREATE VIEW made AS
+        SELECT job_id, step_index, sample_id, version, loss FROM steps
+        UNION ALL SELECT job_id, step_index, sample_id, version, loss FROM undone""",
+)
 SCHEMA: Final = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -18,7 +34,9 @@ SCHEMA: Final = (
         furthest_step INTEGER NOT NULL DEFAULT 0,
         num_ends INTEGER NOT NULL DEFAULT 0,
         round_id TEXT,
-        has_passed INTEGER NOT NULL DEFAULT 0)""",
+        has_passed INTEGER NOT NULL DEFAULT 0,
+        again_until INTEGER,
+        again_as TEXT)""",
     """CREATE TABLE samples (
         id TEXT PRIMARY KEY,
         job_id TEXT NOT NULL REFERENCES jobs (id),
@@ -43,6 +61,7 @@ SCHEMA: Final = (
         seconds REAL NOT NULL,
         PRIMARY KEY (job_id, step_index)) WITHOUT ROWID""",
     "CREATE TABLE cell (key TEXT PRIMARY KEY, value INTEGER NOT NULL)",
+    *_PAST,
     "CREATE INDEX jobs_by_state ON jobs (state)",
     "CREATE INDEX samples_by_state ON samples (state)",
     "INSERT INTO cell VALUES ('version_high_water', 0)",
@@ -62,6 +81,11 @@ MIGRATIONS: Final = {
     4: (
         "ALTER TABLE jobs ADD COLUMN round_id TEXT",
         "ALTER TABLE jobs ADD COLUMN has_passed INTEGER NOT NULL DEFAULT 0",
+    ),
+    5: (
+        "ALTER TABLE jobs ADD COLUMN again_until INTEGER",
+        "ALTER TABLE jobs ADD COLUMN again_as TEXT",
+        *_PAST,
     ),
 }
 """What makes a ledger of an older format one of the next."""

@@ -42,10 +42,19 @@ class QueuedJob:
     """Steps that the weights already contain; the job resumes at this step."""
     round_id: str | None = None
     """The dream round that it belongs to: it gives way to clients and their jobs."""
+    again_until: int | None = None
+    """It had ended before it was undone: so many steps, and it ends as it had."""
+    ends_as: EndState = "done"
+    error: str | None = None
 
     @property
     def total_steps(self) -> int:
         return len(self.samples) * self.config.epochs
+
+    @property
+    def end(self) -> int:
+        """The step before which it ends."""
+        return self.total_steps if self.again_until is None else self.again_until
 
 
 @dataclass(frozen=True)
@@ -189,9 +198,8 @@ class Hold:
 class TakeBack:
     """What a dream taught shall not have been: produced by it, done by the checkpoint actor."""
 
-    generation: int
-    """Whose weights shall be live again; what else was learned since is learned again."""
     sample_ids: tuple[str, ...]
+    """They are forgotten; what else was learned since the first of them is learned again."""
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,13 @@ class ScoreRequest(_Posted):
     """Roles whose messages are the instruction, as in `POST /train`."""
 
 
+class ForgetRequest(_Posted):
+    """Body of `POST /forget`."""
+
+    item: str = Field(min_length=1, max_length=MAX_ID_CHARS)
+    """Id of the sample that shall never have been learned."""
+
+
 class RollbackRequest(_Posted):
     """Body of `POST /rollback`."""
 

@@ -1,7 +1,7 @@
 """What the trainer takes back from the journal: at boot, and when the weights return.
 
 optimizer of the newest generation --> the trainer's optimizer
-steps that a return has undone     --> the ledger
+steps that a return has undone     --> the ledger, and what is forgotten with it goes
 """
 
 import logging
@@ -41,6 +41,7 @@ def recall(home: Path, model: str, optimizer: "Apollo", ledger: Ledger) -> None:
                 is_again=each.is_learned_again,
                 besides=each.forgotten,
             )
+    ledger.wipe()
 
 
 def _load_optimizer(

@@ -18,23 +18,20 @@ from typing import TYPE_CHECKING, Final
 
 import ray
 
-from actors.barrier import StepBarrier
 from actors.calls import in_words
+from actors.desk import Desk
 from actors.encoding import Encoder, size_check
 from actors.errors import Conflict, Unavailable
 from actors.ledger import Ledger
 from actors.messages import (
-    Acceptance,
     CellPaths,
     EndState,
     Hold,
-    JobView,
     QueuedJob,
     Return,
     TrainerReport,
 )
 from actors.pausing import paused_engine
-from actors.posted import TrainRequest
 from actors.progress import Progress
 from actors.recall import recall, write_optimizer
 from actors.settings import Settings
@@ -60,7 +57,7 @@ class StepFailed(Exception):
     """A step left something unlearned; the job ends as failed with this message."""
 
 
-class Trainer:
+class Trainer(Desk):
     """Teaches the served weights, one sample a step."""
 
     def __init__(self, settings: Settings, paths: CellPaths) -> None:
@@ -71,12 +68,10 @@ class Trainer:
         self._settings = settings
         self._paths = paths
         self._versions = VersionCounter(paths.versions, is_writable=True)
-        self._barrier = StepBarrier()
-        self._wake, self._stopping = threading.Event(), threading.Event()
+        super().__init__()
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
-        self._ledger: Ledger
         self._learner: Learner
-        self._encoder: Encoder
         self._anchor: Anchor | None = None
         """This job's hold on what the model was when it began, or began again."""
         self._teachings: dict[str, TopLogprobs] = {}
@@ -85,7 +80,6 @@ class Trainer:
         self._progress = Progress()
         self._traffic = Traffic(paths.traffic)
         self._waiting = Waiting(self._stopping)
-        self._num_returns = 0
         self._reason: str | None = None
         self._spoiled: str | None = None
         """Why the live weights may hold half a step, or one that the ledger does not know."""
@@ -135,49 +129,6 @@ class Trainer:
         return self._describe()
 
     # Control: answered while a step runs.
-
-    @ray.method(concurrency_group="control")
-    def submit(self, request: TrainRequest, round_id: str | None = None) -> Acceptance:
-        """Queue all samples of a request, durably, or none; a ReverieError says why not.
-
-        Those of a dream round give way to clients, and are on trial until `pass_round`.
-        """
-        self._encoder.check(request.config)
-        samples = [
-            self._encoder.encode(sample, at, request.config)
-            for at, sample in enumerate(request.samples)
-        ]
-        limit = self._settings.trainer.max_queued_samples
-        accepted = self._ledger.accept(samples, request.config, limit, round_id)
-        self._wake.set()
-        return accepted
-
-    @ray.method(concurrency_group="control")
-    def pass_round(self, round_id: str) -> None:
-        """The gate has let a dream round pass: what it taught may be kept."""
-        self._ledger.pass_round(round_id)
-
-    @ray.method(concurrency_group="control")
-    def job(self, job_id: str) -> JobView:
-        """One job; raises NotFound."""
-        return self._ledger.job(job_id)
-
-    @ray.method(concurrency_group="control")
-    def jobs(self, limit: int) -> list[JobView]:
-        """The newest jobs first."""
-        return self._ledger.jobs(limit)
-
-    @ray.method(concurrency_group="control")
-    def cancel(self, job_id: str) -> JobView:
-        """Cancel a job: at once if queued, after the step in progress if training."""
-        try:
-            view = self._ledger.cancel(job_id)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-                raise
-            raise Unavailable("the disk is full: free some space and cancel again") from None
-        self._wake.set()
-        return view
 
     @ray.method(concurrency_group="report")
     def report(self) -> TrainerReport:
@@ -290,10 +241,10 @@ class Trainer:
         self._anchor = None
         if (strength := job.config.anchor) > 0:
             self._anchor = Anchor(self._learner.module, self._encoder.tokenizer, strength)
-        state: EndState = "done"
-        error = None
+        state: EndState = job.ends_as
+        error = job.error
         try:
-            for index in range(job.steps_done, job.total_steps):
+            for index in range(job.steps_done, job.end):
                 if self._gives_way(job) or self._stopping.is_set():
                     return
                 if self._ledger.is_cancel_requested(job.job_id):

@@ -5,6 +5,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from actors.messages import CellReport, JobView
+from actors.past import GenerationDetail
 from actors.versions import VersionCounter
 
 
@@ -17,6 +18,14 @@ def as_json(record: Any) -> dict[str, Any]:
 def job_as_json(view: JobView) -> dict[str, Any]:
     """A job; absent facts are null."""
     return as_json(view)
+
+
+def generation_as_json(detail: GenerationDetail) -> dict[str, Any]:
+    """A generation as the list of them has it, with what was learned in it."""
+    shown = as_json(detail)
+    shown["drift"]["share_changed"] = detail.drift.num_changed / detail.drift.num_elements
+    listed: dict[str, Any] = shown.pop("generation")
+    return listed | shown
 
 
 def status_as_json(

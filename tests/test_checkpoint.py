@@ -67,6 +67,9 @@ class ScriptedTrainer:
         self.held -= token == self.token
         return True
 
+    def _holding_forgotten(self, versions: tuple[int, ...]) -> tuple[int, ...]:
+        return ()
+
     def _wait(self, why: str | None) -> None:
         if self.is_deaf:
             raise Unavailable("no answer")
@@ -83,6 +86,7 @@ class ScriptedTrainer:
             "hold": self._hold,
             "report": self._report,
             "release": self._release,
+            "holding_forgotten": self._holding_forgotten,
             "wait_for_room": self._wait,
             "restore": self._restore,
         }

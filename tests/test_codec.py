@@ -43,6 +43,16 @@ def test_every_share_of_changes_is_exact(dtype: Any, share: float) -> None:
     assert np.array_equal(codec.apply(old, delta), new)
 
 
+@pytest.mark.parametrize(("num_changed", "written"), [(0, 0), (3, 3), (50, 50), (51, 100)])
+def test_the_first_bytes_say_how_many_words_are_written(num_changed: int, written: int) -> None:
+    old = np.zeros(100, np.uint32)
+    new = np.where(np.arange(100) < num_changed, np.uint32(7), old)
+    delta = codec.encode(old, new)
+    assert codec.num_changed(delta[: codec.HEADER_BYTES]) == written
+    with pytest.raises(CorruptDelta, match="it ends after"):
+        codec.num_changed(delta[: codec.HEADER_BYTES - 1])
+
+
 def test_neighbouring_floats_are_one_step_apart_across_zero() -> None:
     values = np.array([-1e-45, -0.0, 0.0, 1e-45], np.float32).view(np.uint32)
     ordered = codec._ordered(values).view(np.int32)

@@ -40,7 +40,7 @@ class FakeCell:
         self.samples: dict[str, list[ChatSample]] = {}
         self.configs: list[TrainConfig] = []
         self.kept: list[str] = []
-        self.taken_back: list[tuple[int, tuple[str, ...]]] = []
+        self.taken_back: list[tuple[str, ...]] = []
         self.ends_as: Any = "done"
         self.die_in: str | None = None
 
@@ -82,9 +82,9 @@ class FakeCell:
         self.kept.append(round_id)
         self._die("kept")
 
-    async def take_back(self, round_id: str, generation: int, sample_ids: Sequence[str]) -> None:
+    async def take_back(self, round_id: str, sample_ids: Sequence[str]) -> None:
         self._die("take back")
-        self.taken_back.append((generation, tuple(sample_ids)))
+        self.taken_back.append(tuple(sample_ids))
         self.version += 1
         for job_id, samples in self.samples.items():
             if samples[0].id in sample_ids:
@@ -209,10 +209,8 @@ def test_harm_is_taken_back_tried_at_half_the_rate_and_then_stopped(story: Story
     assert made.state == "taken back" and story.cell.kept == []
     assert [config.learning_rate for config in story.cell.configs] == [2e-5, 1e-5]
     assert len(story.cell.taken_back) == 2 and not story.cell.is_taught
-    for (generation, ids), samples in zip(
-        story.cell.taken_back, story.cell.samples.values(), strict=True
-    ):
-        assert generation == 0 and list(ids) == [sample.id for sample in samples]
+    for ids, samples in zip(story.cell.taken_back, story.cell.samples.values(), strict=True):
+        assert list(ids) == [sample.id for sample in samples]
     assert "repeats itself" in (made.reason or "")
     assert story.store.behaviour("brief")[1].standing == "stopped"
     assert story.store.learned(besides="other") == [], "what harmed is not rehearsed"

@@ -51,8 +51,8 @@ class CellCalls:
         await self._ask(self._trainer.pass_round, round_id)
         await self.commit()
 
-    async def take_back(self, round_id: str, generation: int, sample_ids: Sequence[str]) -> None:
-        await self._ask(self._checkpoint.take_back, TakeBack(generation, tuple(sample_ids)))
+    async def take_back(self, round_id: str, sample_ids: Sequence[str]) -> None:
+        await self._ask(self._checkpoint.take_back, TakeBack(tuple(sample_ids)))
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
         limit = self._settings.cell.checkpoint_timeout_s

@@ -63,7 +63,7 @@ class Round:
     ended: float | None = None
     temperature: float = 1.0
     generation: int | None = None
-    """What was durable when it began: it returns there if it must."""
+    """What was durable when it began, so that there is something to go back to."""
     before: dict[str, float] | None = None
     """The gate's measurement before it."""
     success_before: dict[str, float] = field(default_factory=dict)

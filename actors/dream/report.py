@@ -62,7 +62,7 @@ def _facts(of: Round, num_kept: int, num_dropped: int) -> str:
         ("steps", of.num_steps),
         ("tokens read and written", of.tokens),
         ("sampling temperature", f"{of.temperature:.2f}"),
-        ("returns to generation", "none" if of.generation is None else of.generation),
+        ("generation before it", "none" if of.generation is None else of.generation),
         ("time", stages),
     ]
     return _table([], rows)

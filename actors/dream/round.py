@@ -63,8 +63,8 @@ class Cell(Protocol):
         """The round has passed: commit it."""
         ...
 
-    async def take_back(self, round_id: str, generation: int, sample_ids: Sequence[str]) -> None:
-        """Return to the generation, and learn again what else was learned since."""
+    async def take_back(self, round_id: str, sample_ids: Sequence[str]) -> None:
+        """Forget the samples; what else was learned since is learned again."""
         ...
 
 
@@ -255,9 +255,8 @@ class Dream:
         of.reason = "; ".join(attempt.faults) if is_refused else why
 
     async def _take_back(self, of: Round) -> None:
-        assert of.generation is not None, "a round begins with a commit"
         ids = [sample.id or "" for sample in self._samples(of, len(of.attempts))]
-        await self.cell.take_back(of.id, of.generation, ids)
+        await self.cell.take_back(of.id, ids)
 
     async def give_up(self, of: Round) -> None:
         """End the round's training, and take back what it has taught."""

@@ -38,6 +38,7 @@ ZSTD_LEVEL: Final = 1
 _GAP_PLANES: Final = 3
 _HEADER: Final = struct.Struct("<BBI")
 _LENGTH: Final = struct.Struct("<I")
+HEADER_BYTES: Final = _HEADER.size
 _SPARSE, _DENSE = 0, 1
 _RAW, _ZSTD = b"\x00", b"\x01"
 
@@ -85,6 +86,14 @@ def apply(old: Words, delta: bytes, *, is_backward: bool = False) -> Words:
     new = old.copy()
     new[where] = moved
     return new
+
+
+def num_changed(delta: bytes) -> int:
+    """Words that a delta writes down, from its first bytes: all of a chunk that mostly changed.
+
+    Raises CorruptDelta.
+    """
+    return _Reader(delta).header()[2]
 
 
 def _dense(steps: Words) -> bytes:

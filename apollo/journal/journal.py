@@ -70,8 +70,10 @@ class Journal:
         """Raises UnknownGeneration."""
         found = self._chain.find(generation)
         if found is None:
-            kept = ", ".join(str(each.generation) for each in self._chain.generations[-20:])
-            raise UnknownGeneration(f"generation {generation} is not kept; the newest are {kept}")
+            kept = [each.generation for each in self._chain.generations]
+            before = [each for each in kept if each < generation][-1:]
+            near = " and ".join(map(str, before + [each for each in kept if each > generation][:1]))
+            raise UnknownGeneration(f"generation {generation} is not kept; nearest: {near}")
         return found
 
     def words(self, chunk: int, generation: int) -> Words:

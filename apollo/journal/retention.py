@@ -11,7 +11,7 @@ it only files that nobody needs are left over: it may be interrupted anywhere. W
 is not merged, so that no damage gets a new hash: it stays as it is, and `scrub` names it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -79,14 +79,22 @@ def kept(
     return tuple(each.generation for each in found)
 
 
-def thin(journal: Journal, now: float, retention: Retention = Retention()) -> Thinned:
-    """Drop the generations that have grown too old; durable when it returns.
+def thin(
+    journal: Journal,
+    now: float,
+    retention: Retention = Retention(),
+    unwanted: Collection[int] = (),
+) -> Thinned:
+    """Drop the generations that have grown too old, or are unwanted; durable when it returns.
 
     What a model directory holds is kept, and all that is not public yet. Raises DiskFull with all
     that was kept before, or all that is to be kept.
     """
     old = journal.chain.generations
-    numbers = kept(old, now, _needed(journal), retention)
+    needed = _needed(journal)
+    must_stay = needed | {old[0].generation}
+    wanted = [g for g in old if g.generation not in unwanted or g.generation in must_stay]
+    numbers = kept(wanted, now, needed, retention)
     damaged: list[str] = []
     try:
         new = _thinned(journal, numbers, damaged)
