@@ -170,14 +170,18 @@ class Dreamer:
 
     @ray.method
     async def add_memories(self, request: MemoriesRequest) -> list[Memory]:
-        """All or none; durable when it returns."""
+        """All or none, as they are kept; durable when it returns."""
         now = time.time()
         made = [
-            Memory(each.id or f"memory-{secrets.token_hex(8)}", each.text, tuple(each.tags), now)
+            Memory(
+                each.id or f"memory-{secrets.token_hex(8)}",
+                each.text,
+                tuple(each.tags),
+                now if each.created is None else each.created,
+            )
             for each in request.memories
         ]
-        self._store.add_memories(made)
-        return made
+        return self._store.add_memories(made)
 
     @ray.method
     async def memories(self, limit: int) -> list[Memory]:
