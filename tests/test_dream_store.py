@@ -50,7 +50,7 @@ def test_the_file_is_its_users_alone_and_survives_being_closed(
 def test_a_file_of_a_newer_reverie_is_refused(path: Path, store: DreamStore) -> None:
     store._db.execute("PRAGMA user_version = 9")
     store.close()
-    with pytest.raises(SettingsError, match="dream format 9, and this Reverie knows 1"):
+    with pytest.raises(SettingsError, match="dream format 9, and this Reverie knows 2"):
         DreamStore(path)
 
 

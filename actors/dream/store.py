@@ -1,5 +1,7 @@
 """What the dream loop remembers: memories, behaviours, rounds, their items, the base's record.
 
+Conversations and candidates are in `conversations.py`.
+
 One SQLite file beside the ledger, one writing process. A round and its items are JSON in a column:
 they are read whole, and what is asked by is a column of its own.
 """
@@ -7,12 +9,12 @@ they are read whole, and what is asked by is a column of its own.
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from actors.database import Database
 from actors.dream.behaviour import Behaviour
+from actors.dream.conversations import TABLES, Conversations
 from actors.dream.curriculum import Progress
 from actors.dream.records import ENDED, Item, ItemKind, Round
 from actors.errors import Conflict, NotFound
@@ -72,11 +74,12 @@ class Usage:
     seconds: float = 0.0
 
 
-class DreamStore(Database):
+class DreamStore(Conversations):
     """Every method that changes something is one transaction, on disk when it returns."""
 
     NOUN = "dream"
-    SCHEMA = _SCHEMA
+    SCHEMA = _SCHEMA + TABLES
+    MIGRATIONS: ClassVar[Mapping[int, tuple[str, ...]]] = {1: TABLES}
 
     # Memories.
 
