@@ -145,6 +145,13 @@ class MemoriesRequest(_Posted):
     memories: list[MemoryRequest] = Field(min_length=1, max_length=1000)
 
 
+class DecisionRequest(_Posted):
+    """Body of `POST /candidates/{id}`."""
+
+    decision: Literal["approve", "reject"]
+    """`approve`: its answer is learned, once, without its instructions."""
+
+
 class ScoreRequest(_Posted):
     """Body of `POST /score`: how much an instruction makes an answer likelier."""
 

@@ -90,6 +90,7 @@ def test_a_stream_that_is_not_whole_is_not_kept(lines: tuple[str, ...], says: st
     ("request_", "says"),
     [
         ({"messages": [USER]}, "no instruction was in view"),
+        ({"messages": [{"role": "system", "content": " "}, USER]}, "no instruction was in view"),
         ({"messages": [SYSTEM]}, "does not end with a question"),
         ({"messages": [USER, SYSTEM]}, "does not end with a question"),
         ({"messages": []}, "does not end with a question"),

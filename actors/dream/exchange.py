@@ -70,7 +70,7 @@ def read(exchange: Exchange, memories: Sequence[str]) -> Said:
             raise
         raise NotPlain("it cannot be read as a chat") from None
     turns = tuple(_marked(turn, memories) for turn in _turns_of(request))
-    if not any(turn["strip"] for turn in turns):
+    if not any(turn["strip"] and turn["content"].strip() for turn in turns):
         raise NotPlain("no instruction was in view")
     if all(turn["strip"] is True for turn in turns):
         raise NotPlain("nothing but instructions was in view")
