@@ -87,6 +87,8 @@ def test_candidates_are_listed_by_their_state(store: DreamStore) -> None:
 def test_a_decision_stands_and_may_be_said_again(store: DreamStore) -> None:
     log(store, "Why?", "So.")
     made = propose(store)
+    store.set_job(made.id, "job-0")
+    assert store.candidate(made.id).job_id is None, "it is not approved"
     approved = store.decide(made.id, "approved")
     assert approved.state == "approved" and approved.decided is not None
     assert store.decide(made.id, "approved") == approved

@@ -17,7 +17,7 @@ from actors.dream.store import DreamStore, Memory
 from actors.errors import Conflict, InvalidRequest, NotFound, TooBusy, Unavailable
 from actors.messages import GenerationView, JobView
 from actors.posted import ChatSample, TrainConfig
-from actors.settings import DreamSettings
+from actors.settings import DreamSettings, LimitSettings
 from tests.fake_model import FakeModel
 
 SYSTEM = {"role": "system", "content": "Always answer like a pirate would."}
@@ -303,6 +303,29 @@ def test_a_sample_that_the_trainer_refuses_is_rejected_with_its_words(made: Made
     assert (rejected.state, rejected.reason) == ("rejected", "samples[0]: too many tokens")
 
 
+def test_of_two_approvals_at_once_only_one_asks_the_trainer(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = made.candidate()
+    made.cell.error = InvalidRequest("samples[0]: too many tokens")
+    num_asked = 0
+    train = made.cell.train
+
+    async def slowly(*given: Any) -> str:
+        nonlocal num_asked
+        num_asked += 1
+        await asyncio.sleep(0.01)
+        return await train(*given)
+
+    async def story() -> None:
+        approve = (made.signal.decide(candidate.id, "approve") for _ in range(2))
+        await asyncio.gather(*approve)
+
+    monkeypatch.setattr(made.cell, "train", slowly)
+    asyncio.run(story())
+    assert num_asked == 1 and made.store.candidate(candidate.id).state == "rejected"
+
+
 def test_a_candidate_is_trained_when_its_job_is_done(made: Made) -> None:
     candidate = made.candidate()
     job_id = run(made.signal.decide(candidate.id, "approve")).job_id
@@ -446,3 +469,4 @@ def test_a_conversation_that_is_deleted_while_it_is_being_approved_is_not_learne
 def test_bounds_agree() -> None:
     assert conversations.MAX_PROPOSED < conversations.MAX_EXCHANGES
     assert signals.MAX_COMPARED <= conversations.MAX_EXCHANGES
+    assert signals.CANCEL_TIMEOUT_S < LimitSettings().control_timeout_s
