@@ -31,6 +31,8 @@ from actors.posted import (
 )
 from actors.settings import Settings
 from door.base import body_of
+from door.candidate_routes import CandidateRoutes
+from door.candidate_routes import router as candidate_router
 from door.dream_routes import DreamRoutes
 from door.dream_routes import router as dream_router
 from door.metrics import render
@@ -44,6 +46,7 @@ V1_PATH: Final = re.compile(r"(\w[\w.:-]*)(/\w[\w.:-]*)*", re.ASCII)
 
 app = FastAPI(title="Reverie", version="0.1.0", description=(__doc__ or "").split("\n")[0])
 app.include_router(dream_router)
+app.include_router(candidate_router)
 
 
 def error_response(error: ReverieError, request: Request) -> JSONResponse:
@@ -109,7 +112,7 @@ async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
     health_check_period_s=5,
 )
 @serve.ingress(app)
-class Ingress(DreamRoutes):
+class Ingress(DreamRoutes, CandidateRoutes):
     """All routes, over whatever boot of the cell is alive."""
 
     # vLLM's routes.
@@ -261,7 +264,9 @@ class Ingress(DreamRoutes):
     async def status(self, request: Request) -> JSONResponse:
         """Versions, actors, queue and memory."""
         self._allow(request, "use")
-        return JSONResponse(status_as_json(self._report, self._versions, self._slots.taken))
+        return JSONResponse(
+            status_as_json(self._report, self._versions, self._slots.taken, self._log)
+        )
 
     @app.get("/metrics")
     async def metrics(self, request: Request) -> PlainTextResponse:

@@ -4,6 +4,7 @@ import json
 import os
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -13,6 +14,8 @@ from actors.settings import MIB
 
 ANSWER_TIMEOUT_S: Final = 10
 WORK_TIMEOUT_S: Final = 900
+MEMORIES_AT_ONCE: Final = 200
+"""So many of the longest fit into one body; all of a body are kept, or none."""
 
 Port = Annotated[int, typer.Option(help="Port of the door, on 127.0.0.1.")]
 
@@ -143,6 +146,28 @@ def behaviours(
         print(f"{name:24} {'shipped':9} {'':11} {shipped[name].instruction}")
 
 
+def memories(
+    add: Annotated[
+        Path | None, typer.Option(help="Add those of a folder of Markdown, or of JSONL.")
+    ] = None,
+    port: Port = 8000,
+) -> None:
+    """The newest memories of a running cell, which dreams are made from."""
+    from actors.dream import memory
+
+    if add is not None:
+        found = [each.model_dump(exclude_defaults=True) for each in memory.read(add)]
+        for begin in range(0, len(found), MEMORIES_AT_ONCE):
+            part = found[begin : begin + MEMORIES_AT_ONCE]
+            _ask(port, "POST", "/memories", {"memories": part})
+        print(f"{len(found)} memories of {add} are kept")
+        return
+    for each in _ask(port, "GET", "/memories")["data"]:
+        when = datetime.fromtimestamp(each["created"]).isoformat(" ", "minutes")
+        tags = "".join(f" #{tag}" for tag in each["tags"])
+        print(f"{when}  {each['id']}{tags}  {each['text'].splitlines()[0][:100]}")
+
+
 def _ask(port: int, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
     """The JSON answer of a running cell; raises SettingsError with its words, or without one."""
     import httpx
@@ -162,4 +187,14 @@ def _ask(port: int, method: str, route: str, body: dict[str, Any] | None = None)
     return answer.json()
 
 
-COMMANDS: Final = (status, history, show, rollback, forget, verify, dream, behaviours)
+COMMANDS: Final = (
+    status,
+    history,
+    show,
+    rollback,
+    forget,
+    verify,
+    dream,
+    behaviours,
+    memories,
+)

@@ -288,6 +288,10 @@ class DreamReport:
     """Of the stage: scenarios, answers, steps."""
     asked: int = 0
     """Rounds that were asked for and have not begun."""
+    unscored: int = 0
+    """Logged exchanges that are to be looked at."""
+    proposed: int = 0
+    """Candidates that wait for a decision."""
     paused: str | None = None
     """Why none begins (a budget); it goes on by itself."""
     reason: str | None = None

@@ -130,17 +130,26 @@ class MemoryRequest(_Posted):
     """One of the `memories` of `POST /memories`."""
 
     id: str | None = Field(default=None, min_length=1, max_length=MAX_ID_CHARS)
-    """The client's name for it; the same id is accepted once."""
+    """The client's name for it; the same id with the same text is kept once."""
     text: str = Field(min_length=1, max_length=4000)
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
         default=[], max_length=32
     )
+    created: float | None = Field(default=None, ge=0, le=1e11)
+    """When it came about, in seconds since 1970; None: now."""
 
 
 class MemoriesRequest(_Posted):
     """Body of `POST /memories`."""
 
     memories: list[MemoryRequest] = Field(min_length=1, max_length=1000)
+
+
+class DecisionRequest(_Posted):
+    """Body of `POST /candidates/{id}`."""
+
+    decision: Literal["approve", "reject"]
+    """`approve`: its answer is learned, once, without its instructions."""
 
 
 class ScoreRequest(_Posted):

@@ -196,7 +196,13 @@ class DreamSettings(_Group):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of everything that a round draws."""
     log_conversations: bool = False
-    """Keep exchanges, so that they can become candidates; the header x-reverie-log wins."""
+    """Keep chats in which an instruction was in view, so that their answers can become candidates
+    for learning; a request's header `x-reverie-log: on` or `off` wins."""
+    candidate_divergence: float = Field(default=0.3, gt=0)
+    """An answer that its instructions make so much likelier (nats per token) is a candidate."""
+    approved_per_day: int = Field(default=0, ge=0)
+    """Candidates that are approved without a person in 24 hours, of clients who may teach and up to
+    `max_divergence`; what they teach passes no gate."""
     budgets: Budgets = Budgets()
 
     @field_validator("canaries")

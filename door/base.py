@@ -17,12 +17,14 @@ from starlette.responses import Response
 
 from actors.calls import within
 from actors.cell import connect
+from actors.dream.exchange import Exchange
 from actors.ending import NAMESPACE
-from actors.errors import ReverieError, Unavailable
+from actors.errors import NotPermitted, ReverieError, Unavailable
 from actors.messages import CellReport
 from actors.settings import Settings
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
+from door.exchanges import ExchangeLog
 from door.keys import KeyStore, Scope, require_loopback
 from door.limits import Slots, parse, read_body, require_json
 from door.proxy import EngineProxy
@@ -53,6 +55,7 @@ class Door:
         self._settings = settings
         self._keys = KeyStore(settings.home)
         self._slots = Slots(settings.limits.max_ongoing_requests)
+        self._log = ExchangeLog(settings.dream.log_conversations, self._deliver)
         self._cell = connect(settings)
         self._report: CellReport | None = None
         self._boot: int | None = None
@@ -116,6 +119,16 @@ class Door:
         if self._keys.check(request.headers.get("authorization"), scope) is None:
             require_loopback(request)
 
+    def _may_teach(self, request: Request) -> bool:
+        try:
+            self._keys.check(request.headers.get("authorization"), "teach")
+        except NotPermitted:
+            return False
+        return True
+
+    async def _deliver(self, exchanges: tuple[Exchange, ...]) -> int:
+        return int(await self._ask("dream", "hear", exchanges))
+
     async def _pass(self, request: Request) -> Response:
         self._allow(request, "use")
         self._slots.take()
@@ -123,10 +136,11 @@ class Door:
         is_passed = False
         try:
             body = await read_body(request, self._settings.limits.max_body_bytes)
+            hearing = self._log.hear(request, body, self._may_teach)
             self._ready()
             assert self._engine is not None and self._traffic is not None
             leave = self._enter(self._traffic)
-            response = await self._engine.forward(request, body, leave)
+            response = await self._engine.forward(request, body, leave, hearing)
             is_passed = True
             return response
         finally:

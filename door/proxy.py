@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from actors.errors import Unavailable
 from actors.versions import VersionCounter
+from door.exchanges import Hearing
 
 VERSION_HEADER: Final = "x-weights-version"
 LAST_VERSION_HEADER: Final = "x-weights-version-last"
@@ -40,13 +41,20 @@ class EngineProxy:
         """Close all connections; what is being streamed ends."""
         await self._session.close()
 
-    async def forward(self, request: Request, body: bytes, done: Callable[[], None]) -> Response:
+    async def forward(
+        self,
+        request: Request,
+        body: bytes,
+        done: Callable[[], None],
+        hearing: Hearing | None = None,
+    ) -> Response:
         """vLLM's answer, with the oldest and the newest version of what it may have read.
 
         The same number twice names one whole version; two numbers, a mixture of those between.
 
-        `done` is called once, when the last byte has been sent or the client has gone. Raises
-        Unavailable if the engine is gone before it answered anything.
+        `done` is called once, when the last byte has been sent or the client has gone; `hearing`
+        is given the bytes of an answer that comes to its end. Raises Unavailable if the engine is
+        gone before it answered anything.
         """
         first = self._versions.weights_version
         answer: aiohttp.ClientResponse | None = None
@@ -78,10 +86,16 @@ class EngineProxy:
             raise HTTPException(answer.status, headers=_kept(answer.headers, ("allow",)))
         headers = _kept(answer.headers, _KEPT_RESPONSE_HEADERS)
         headers[VERSION_HEADER] = str(first)
+        if answer.status != 200:
+            hearing = None
         if is_stream:
-            return _Stream(answer, chunk, headers, self._versions, done)
-        headers[LAST_VERSION_HEADER] = str(self._versions.newest_version)
+            return _Stream(answer, chunk, headers, self._versions, done, hearing)
+        last = self._versions.newest_version
+        headers[LAST_VERSION_HEADER] = str(last)
         response = Response(chunk, answer.status, headers)
+        if hearing is not None:
+            hearing.take(chunk)
+            hearing.end(False, first, last)
         done()
         return response
 
@@ -109,10 +123,12 @@ class _Stream(Response):
         headers: dict[str, str],
         versions: VersionCounter,
         done: Callable[[], None],
+        hearing: Hearing | None,
     ) -> None:
         super().__init__(None, answer.status, headers)
         del self.headers["content-length"]
         self._answer, self._chunk, self._versions, self._done = answer, chunk, versions, done
+        self._hearing = hearing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_disconnected(receive))
@@ -128,11 +144,15 @@ class _Stream(Response):
             )
             chunk = self._chunk
             while chunk and not gone.done():
+                if self._hearing is not None:
+                    self._hearing.take(chunk)
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = await self._answer.content.readany()
             first, last = self.headers[VERSION_HEADER], self._versions.newest_version
             comment = f": weights_version first={first} last={last}\n\n".encode()
             await send({"type": "http.response.body", "body": comment})
+            if self._hearing is not None and not chunk:
+                self._hearing.end(True, int(first), last)
         except aiohttp.ClientError:
             if not gone.done():
                 raise

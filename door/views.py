@@ -7,6 +7,7 @@ from typing import Any
 from actors.messages import CellReport, JobView
 from actors.past import GenerationDetail
 from actors.versions import VersionCounter
+from door.exchanges import ExchangeLog
 
 
 def as_json(record: Any) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def generation_as_json(detail: GenerationDetail) -> dict[str, Any]:
 
 
 def status_as_json(
-    report: CellReport | None, versions: VersionCounter | None, ongoing: int
+    report: CellReport | None, versions: VersionCounter | None, ongoing: int, log: ExchangeLog
 ) -> dict[str, Any]:
     """The cell as `/status` shows it; paths stay inside."""
     if report is None:
@@ -40,5 +41,13 @@ def status_as_json(
     shown["model"] = None if paths is None else paths["model_dir"].rsplit("/", 1)[-1]
     shown["weights_version"] = None if versions is None else versions.weights_version
     shown["epoch"] = None if versions is None else versions.epoch
-    shown["ingress"] = {"pid": os.getpid(), "ongoing_requests": ongoing}
+    shown["ingress"] = {
+        "pid": os.getpid(),
+        "ongoing_requests": ongoing,
+        "exchanges": {
+            "kept": log.kept,
+            "passed_over": log.passed_over,
+            "dropped": log.dropped,
+        },
+    }
     return shown

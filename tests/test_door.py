@@ -17,6 +17,7 @@ from aiohttp import web
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from actors.dream.exchange import Exchange
 from actors.errors import (
     InvalidRequest,
     MalformedRequest,
@@ -29,6 +30,7 @@ from actors.errors import (
 )
 from actors.posted import TrainRequest
 from actors.versions import VersionCounter
+from door.exchanges import ExchangeLog, Hearing
 from door.keys import KeyStore, Scope
 from door.limits import Slots, parse, parse_json, read_body
 from door.proxy import EngineProxy
@@ -589,6 +591,72 @@ async def test_send_that_fails_gives_the_slot_back_once(
     with pytest.raises(OSError, match="broken pipe"):
         await response(request.scope, client.receive, send)
     assert done.calls == 1
+
+
+# What is logged of it.
+
+
+class Heard(ExchangeLog):
+    """Keeps what it is offered."""
+
+    def __init__(self) -> None:
+        super().__init__(True, self._never)
+        self.exchanges: list[Exchange] = []
+
+    async def _never(self, batch: tuple[Exchange, ...]) -> int:
+        raise AssertionError("nothing is sent here")
+
+    def offer(self, exchange: Exchange) -> None:
+        self.exchanges.append(exchange)
+
+    def hearing(self) -> Hearing:
+        return Hearing(self, b"{}", may_teach=False)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_whole_answer_is_heard_as_the_client_got_it(
+    upstream: Upstream, proxy: EngineProxy, is_stream: bool
+) -> None:
+    async def reply(request: web.Request) -> web.Response:
+        return web.Response(body=b"data: 1\n\ndata: [DONE]\n\n")
+
+    upstream.answer = events(b"data: 1\n\n", b"data: [DONE]\n\n") if is_stream else reply
+    heard, client, request = Heard(), Client(), request_of(b"{}")
+    response = await proxy.forward(request, b"{}", Done(), heard.hearing())
+    await response(request.scope, client.receive, client.send)
+    (only,) = heard.exchanges
+    assert (only.answer, only.is_stream) == (b"data: 1\n\ndata: [DONE]\n\n", is_stream)
+    assert client.body.startswith(only.answer)
+    assert (only.first_version, only.last_version) == (VERSIONS_FIRST, VERSIONS_FIRST)
+
+
+@pytest.mark.parametrize("why", ["refused", "client gone", "engine gone"])
+async def test_an_answer_that_is_not_whole_is_not_heard(
+    upstream: Upstream, proxy: EngineProxy, why: str
+) -> None:
+    async def reply(request: web.Request) -> web.StreamResponse:
+        if why == "refused":
+            return web.json_response({"error": {"message": "too long"}}, status=400)
+        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await stream.prepare(request)
+        await stream.write(b"data: x\n\n")
+        await asyncio.sleep(0.05)
+        if why == "engine gone":
+            assert request.transport is not None
+            request.transport.abort()
+        await asyncio.Event().wait()
+        return stream
+
+    upstream.answer = reply
+    heard, client, request = Heard(), Client(), request_of(b"{}")
+    response = await proxy.forward(request, b"{}", Done(), heard.hearing())
+    sending = asyncio.create_task(response(request.scope, client.receive, client.send))
+    if why == "client gone":
+        await asyncio.wait_for(client.got_some.wait(), 10)
+        client.left.set()
+    await asyncio.wait([sending], timeout=10)
+    assert sending.done() and (sending.exception() is not None) is (why == "engine gone")
+    assert heard.exchanges == []
 
 
 async def refusal_of(proxy: EngineProxy, done: Done) -> Unavailable:

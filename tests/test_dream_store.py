@@ -50,16 +50,17 @@ def test_the_file_is_its_users_alone_and_survives_being_closed(
 def test_a_file_of_a_newer_reverie_is_refused(path: Path, store: DreamStore) -> None:
     store._db.execute("PRAGMA user_version = 9")
     store.close()
-    with pytest.raises(SettingsError, match="dream format 9, and this Reverie knows 1"):
+    with pytest.raises(SettingsError, match="dream format 9, and this Reverie knows 2"):
         DreamStore(path)
 
 
 def test_memories_are_kept_all_or_none(store: DreamStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.add_memories([memory("a")])
     with pytest.raises(Conflict, match="nothing of this request was kept"):
-        store.add_memories([memory("b"), memory("a")])
+        store.add_memories([memory("b"), replace(memory("a"), text="another")])
+    assert store.add_memories([replace(memory("a"), created=2.0)]) == [memory("a")], "it is there"
     monkeypatch.setattr(stores, "MAX_MEMORIES", 2)
-    with pytest.raises(Conflict, match="1 memories are there and 2 more would exceed"):
+    with pytest.raises(Conflict, match="there would be 3 memories and the bound is 2"):
         store.add_memories([memory("b"), memory("c")])
     assert store.memories() == [memory("a")]
     store.delete_memory("a")

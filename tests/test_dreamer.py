@@ -1,6 +1,7 @@
 """The dream actor without Ray: what it takes on, in which order, and what it refuses."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import pytest
 from actors.dream import actor as actors_dream
 from actors.dream.actor import Dreamer
 from actors.dream.behaviour import Behaviour
+from actors.dream.exchange import Exchange
 from actors.dream.round import Dream
+from actors.dream.signal import Signal
 from actors.dream.store import DreamStore
-from actors.errors import Conflict, InvalidRequest, NotFound, TooBusy
+from actors.errors import Conflict, InvalidRequest, NotFound, TooBusy, Unavailable
 from actors.messages import CellPaths
 from actors.posted import DreamRequest, MemoriesRequest, ScoreRequest
 from actors.settings import DreamSettings, Settings
@@ -39,7 +42,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     dreamer._engine = FakeModel(
         holds=lambda messages, text: -0.5 if messages[0]["role"] == "system" else -2.0
     )
+    dreamer._signal = Signal(lambda: dreamer._engine, dreamer._store, settings.dream, nobody)
     monkeypatch.setattr(actors_dream, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(actors_dream, "RETRY_S", 0.01)
     yield SimpleNamespace(dreamer=dreamer, store=dreamer._store, paths=paths, settings=settings)
     dreamer._store.close()
 
@@ -197,3 +202,41 @@ def test_memories_get_ids_and_come_back_newest_first(made: Any) -> None:
     assert run(made.dreamer.memories(10)) == kept[::-1]
     run(made.dreamer.delete_memory("mine"))
     assert run(made.dreamer.memories(10)) == kept[:1]
+
+
+def chat(question: str) -> Exchange:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+    reply = {"choices": [{"message": {"content": "So."}, "finish_reason": "stop"}]}
+    sent = json.dumps({"messages": turns}).encode()
+    return Exchange(sent, json.dumps(reply).encode(), False, 0, 0, True, 1.0)
+
+
+def test_rounds_come_before_what_was_said_and_that_is_looked_at_then(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    ask(made, rounds=2)
+    assert run(made.dreamer.hear((chat("Why?"),))) == 1
+    made.dreamer._signal._cell = SimpleNamespace(weights_version=lambda: 3)
+    unscored: list[int] = []
+
+    async def ends(of: Any) -> None:
+        unscored.append(made.dreamer._describe().unscored)
+        of.state = "empty"
+        made.store.save_round(of)
+
+    story(made, ends, 0.5)
+    assert unscored == [1, 1]
+    described = made.dreamer._describe()
+    assert (described.unscored, described.proposed, described.reason) == (0, 1, None)
+
+
+@pytest.mark.parametrize("error", [Unavailable("it restarts"), TooBusy("it is full")])
+def test_what_cannot_be_had_just_now_does_not_end_the_loop(made: Any, error: Exception) -> None:
+    looks: list[int] = []
+
+    async def looks_in_vain() -> bool:
+        looks.append(1)
+        raise error
+
+    made.dreamer._signal.look = looks_in_vain
+    story(made, lambda of: asyncio.sleep(0), 0.3)
+    assert len(looks) > 2 and made.dreamer._reason is None

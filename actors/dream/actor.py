@@ -21,14 +21,17 @@ from actors.calls import in_words
 from actors.dream.behaviour import Behaviour
 from actors.dream.cell_calls import CellCalls
 from actors.dream.curriculum import Progress, draw, temperature
+from actors.dream.exchange import Exchange
+from actors.dream.logged import Candidate, CandidateState, Conversation, Logged
 from actors.dream.manners import PoliteModel
 from actors.dream.model import EngineModel, Message, divergence
 from actors.dream.records import Item, Round
 from actors.dream.round import Dream
+from actors.dream.signal import Deleted, Signal
 from actors.dream.store import DreamStore, Memory
 from actors.errors import Conflict, InvalidRequest, TooBusy, Unavailable
 from actors.messages import CellPaths, DreamReport
-from actors.posted import DreamRequest, MemoriesRequest, ScoreRequest
+from actors.posted import DecisionRequest, DreamRequest, MemoriesRequest, ScoreRequest
 from actors.settings import Settings
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
@@ -62,6 +65,7 @@ class Dreamer:
         self._calls = CellCalls(settings, self._versions, trainer, checkpoint)
         self._store: DreamStore
         self._engine: EngineModel
+        self._signal: Signal
         self._loop: asyncio.Task[None] | None = None
         self._running: asyncio.Task[Round] | None = None
         self._is_stopping = False
@@ -76,6 +80,7 @@ class Dreamer:
         name = Path(self._paths.model_dir).name
         self._store = DreamStore(self._paths.dream)
         self._engine = EngineModel(self._paths.socket, name)
+        self._signal = Signal(self._model, self._store, self._settings.dream, self._calls)
         self._loop = asyncio.create_task(self._dream_on())
         return self._describe()
 
@@ -90,6 +95,7 @@ class Dreamer:
         if self._round is not None:
             is_quiet = self._traffic.idle_s() >= self._settings.dream.yield_s
             state = "dreaming" if is_quiet else "waiting"
+        unscored, proposed = self._store.counts()
         return DreamReport(
             pid=os.getpid(),
             state=state,
@@ -99,6 +105,8 @@ class Dreamer:
             done=done,
             total=total,
             asked=len(self._asked()),
+            unscored=unscored,
+            proposed=proposed,
             paused=self._paused,
             reason=self._reason,
         )
@@ -170,14 +178,18 @@ class Dreamer:
 
     @ray.method
     async def add_memories(self, request: MemoriesRequest) -> list[Memory]:
-        """All or none; durable when it returns."""
+        """All or none, as they are kept; durable when it returns."""
         now = time.time()
         made = [
-            Memory(each.id or f"memory-{secrets.token_hex(8)}", each.text, tuple(each.tags), now)
+            Memory(
+                each.id or f"memory-{secrets.token_hex(8)}",
+                each.text,
+                tuple(each.tags),
+                now if each.created is None else each.created,
+            )
             for each in request.memories
         ]
-        self._store.add_memories(made)
-        return made
+        return self._store.add_memories(made)
 
     @ray.method
     async def memories(self, limit: int) -> list[Memory]:
@@ -206,19 +218,65 @@ class Dreamer:
         with_it, without = await divergence(self._engine, shown, hidden, last.content)
         return {"with": with_it, "without": without, "divergence": with_it - without}
 
+    # What was said.
+
+    @ray.method
+    async def hear(self, exchanges: tuple[Exchange, ...]) -> int:
+        """Keep those that something could be learned of; returns how many, durably."""
+        return self._signal.hear(exchanges)
+
+    @ray.method
+    async def conversations(self, limit: int) -> list[Conversation]:
+        """Those that changed last come first."""
+        return self._store.conversations(min(limit, MAX_LISTED))
+
+    @ray.method
+    async def conversation(self, conversation_id: str) -> list[Logged]:
+        """Its exchanges; raises NotFound."""
+        return self._store.conversation(conversation_id)
+
+    @ray.method
+    async def delete_conversation(self, conversation_id: str) -> Deleted:
+        """Raises NotFound, or Unavailable before anything is gone."""
+        return await self._signal.delete(conversation_id)
+
+    @ray.method
+    async def candidates(self, limit: int, state: CandidateState | None) -> list[Candidate]:
+        """Newest first."""
+        return self._store.candidates(min(limit, MAX_LISTED), state)
+
+    @ray.method
+    async def candidate(self, candidate_id: str) -> Candidate:
+        """Raises NotFound."""
+        return self._store.candidate(candidate_id)
+
+    @ray.method
+    async def decide(self, candidate_id: str, request: DecisionRequest) -> Candidate:
+        """Raises NotFound, or Conflict."""
+        return await self._signal.decide(candidate_id, request.decision)
+
     # The loop.
 
     async def _dream_on(self) -> None:
         try:
             while True:
                 of = self._store.open_round() or self._next_round()
-                if of is None:
-                    await asyncio.sleep(LOOK_INTERVAL_S)
-                else:
+                if of is not None:
                     await self._run(of)
+                elif not await self._listen():
+                    await asyncio.sleep(LOOK_INTERVAL_S)
         except Exception as error:
             log.exception("the dream loop ended")
             self._reason = f"dreaming ended: {in_words(error)}"
+
+    async def _listen(self) -> bool:
+        """Look at what was said, while there is no round; False if nothing is due."""
+        try:
+            return await self._signal.look()
+        except (Unavailable, TooBusy) as error:
+            log.warning("what was said waits: %s", error)
+            await asyncio.sleep(RETRY_S)
+            return True
 
     def _asked(self) -> list[str | None]:
         return list(self._store.note("asked") or [])

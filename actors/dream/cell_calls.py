@@ -9,7 +9,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.calls import within
 from actors.errors import Conflict, ReverieError, TooBusy, Unavailable
-from actors.messages import JobView, TakeBack
+from actors.messages import GenerationView, JobView, TakeBack
 from actors.posted import ChatSample, CheckpointRequest, TrainConfig, TrainRequest
 from actors.settings import Settings
 from actors.versions import VersionCounter
@@ -34,7 +34,9 @@ class CellCalls:
         made = await self._ask(self._checkpoint.commit, CheckpointRequest(publish=False))
         return int(made.generation)
 
-    async def train(self, round_id: str, samples: Sequence[ChatSample], config: TrainConfig) -> str:
+    async def train(
+        self, round_id: str | None, samples: Sequence[ChatSample], config: TrainConfig
+    ) -> str:
         request = TrainRequest(samples=list(samples), config=config)
         accepted = await self._ask(self._trainer.submit, request, round_id)
         return str(accepted.job_id)
@@ -46,6 +48,10 @@ class CellCalls:
     async def cancel(self, job_id: str) -> None:
         with suppress(Conflict):  # It has come to its end meanwhile.
             await self._ask(self._trainer.cancel, job_id)
+
+    async def generations(self) -> list[GenerationView]:
+        views: list[GenerationView] = await self._ask(self._checkpoint.history)
+        return views
 
     async def keep(self, round_id: str) -> None:
         await self._ask(self._trainer.pass_round, round_id)

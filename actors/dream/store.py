@@ -1,5 +1,7 @@
 """What the dream loop remembers: memories, behaviours, rounds, their items, the base's record.
 
+Conversations and candidates are in `conversations.py`.
+
 One SQLite file beside the ledger, one writing process. A round and its items are JSON in a column:
 they are read whole, and what is asked by is a column of its own.
 """
@@ -7,12 +9,12 @@ they are read whole, and what is asked by is a column of its own.
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from actors.database import Database
 from actors.dream.behaviour import Behaviour
+from actors.dream.conversations import TABLES, Conversations
 from actors.dream.curriculum import Progress
 from actors.dream.records import ENDED, Item, ItemKind, Round
 from actors.errors import Conflict, NotFound
@@ -72,44 +74,51 @@ class Usage:
     seconds: float = 0.0
 
 
-class DreamStore(Database):
+class DreamStore(Conversations):
     """Every method that changes something is one transaction, on disk when it returns."""
 
     NOUN = "dream"
-    SCHEMA = _SCHEMA
+    SCHEMA = _SCHEMA + TABLES
+    MIGRATIONS: ClassVar[Mapping[int, tuple[str, ...]]] = {1: TABLES}
 
     # Memories.
 
-    def add_memories(self, memories: Sequence[Memory]) -> None:
-        """All of them or none; raises Conflict for a known id, or when there would be too many."""
-        with self._transaction() as db:
+    def add_memories(self, memories: Sequence[Memory]) -> list[Memory]:
+        """All of them or none, as they are kept: one that is there already stays as it is.
+
+        Raises Conflict for a known id with another text, or when there would be too many.
+        """
+        with self._transaction():
+            kept = [self._add_memory(each) for each in memories]
             there = self._scalar("SELECT COUNT(*) FROM memories")
-            if there + len(memories) > MAX_MEMORIES:
+            if there > MAX_MEMORIES:
                 raise Conflict(
-                    f"{there} memories are there and {len(memories)} more would exceed the bound "
-                    f"of {MAX_MEMORIES}; delete some first"
+                    f"there would be {there} memories and the bound is {MAX_MEMORIES}; nothing of "
+                    "this request was kept: delete some first"
                 )
-            try:
-                db.executemany(
-                    "INSERT INTO memories (id, text, tags, created) VALUES (?, ?, ?, ?)",
-                    [
-                        (each.id, each.text, json.dumps(each.tags), each.created)
-                        for each in memories
-                    ],
-                )
-            except sqlite3.IntegrityError:
-                raise Conflict(
-                    "one of the ids was used before, or twice; nothing of this request was kept"
-                ).about("id") from None
+            return kept
+
+    def _add_memory(self, memory: Memory) -> Memory:
+        row = self._row("SELECT * FROM memories WHERE id = ?", memory.id)
+        if row is None:
+            self._db.execute(
+                "INSERT INTO memories (id, text, tags, created) VALUES (?, ?, ?, ?)",
+                (memory.id, memory.text, json.dumps(memory.tags), memory.created),
+            )
+            return memory
+        known = _memory_of(row)
+        if (known.text, known.tags) != (memory.text, memory.tags):
+            raise Conflict(
+                f"the id {memory.id!r} was used before with another text or other tags; nothing of "
+                "this request was kept: give the new one a new id"
+            ).about("id")
+        return known
 
     def memories(self, limit: int = MAX_MEMORIES) -> list[Memory]:
         """Newest first."""
         with self._lock:
             rows = self._db.execute("SELECT * FROM memories ORDER BY seq DESC LIMIT ?", (limit,))
-            return [
-                Memory(row["id"], row["text"], tuple(json.loads(row["tags"])), row["created"])
-                for row in rows
-            ]
+            return [_memory_of(row) for row in rows]
 
     def delete_memory(self, memory_id: str) -> None:
         """Raises NotFound."""
@@ -277,6 +286,10 @@ class DreamStore(Database):
     def write_note(self, key: str, value: Any) -> None:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
+
+
+def _memory_of(row: sqlite3.Row) -> Memory:
+    return Memory(row["id"], row["text"], tuple(json.loads(row["tags"])), row["created"])
 
 
 def _behaviour_of(row: sqlite3.Row) -> tuple[Behaviour, Progress]:
