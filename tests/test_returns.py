@@ -14,6 +14,7 @@ import torch
 from actors.errors import Conflict, NotFound, Unavailable
 from actors.ledger import Ledger
 from actors.messages import TakeBack
+from actors.past import Removal
 from actors.posted import RollbackRequest
 from actors.trainer import Trainer
 from apollo.journal.disk import DiskFull, RealDisk
@@ -166,6 +167,14 @@ def test_an_item_of_the_job_in_hand_is_taken_out_before_its_turn(cell: SmallCell
     cell.settle()
     assert cell.order() == names[:-1]
     assert cell.ledger.jobs(1)[0].status == "done"
+
+
+def test_nothing_is_taken_out_without_a_hold(cell: SmallCell) -> None:
+    cell.teach("a")
+    with pytest.raises(Unavailable, match="hold has ended and nothing was forgotten"):
+        cell.trainer.remove(Removal("somebody else", ("a",)))
+    cell.settle()
+    assert cell.order() == ["a"]
 
 
 def test_what_was_never_committed_is_undone_to_the_newest_generation(cell: SmallCell) -> None:

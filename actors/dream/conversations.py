@@ -72,10 +72,6 @@ TABLES: Final = (
 class Conversations(Database):
     """Every method that changes something is one transaction, on disk when it returns."""
 
-    def _prepare(self, path: str) -> None:
-        super()._prepare(path)
-        self._db.execute("PRAGMA secure_delete = ON")
-
     def log(self, heard: Sequence[tuple[Exchange, Said]]) -> int:
         """Keep exchanges; returns how many. None is kept while all others are candidates."""
         with self._transaction() as db:
