@@ -208,12 +208,14 @@ class Ingress(DreamRoutes, CandidateRoutes):
         views = await self._ask("checkpoint", "history")
         return JSONResponse({"data": [as_json(view) for view in views]})
 
-    @app.get("/checkpoints/{generation:int}")
-    async def generation(self, generation: int, request: Request) -> JSONResponse:
+    @app.get("/checkpoints/{generation}")
+    async def generation(self, generation: str, request: Request) -> JSONResponse:
         """What was learned in one generation: its items, without their texts, losses and drift."""
         self._allow(request, "teach")
+        if not re.fullmatch(r"[0-9]{1,18}", generation):  # int() refuses thousands of digits.
+            raise NotFound("a generation is a number; see GET /checkpoints").about("generation")
         limit = self._settings.cell.checkpoint_timeout_s
-        detail = await self._ask("checkpoint", "show", generation, timeout_s=limit)
+        detail = await self._ask("checkpoint", "show", int(generation), timeout_s=limit)
         return JSONResponse(generation_as_json(detail))
 
     @app.post("/checkpoints/verify")

@@ -7,6 +7,8 @@ checkpoint  --remembered, remove, learned, holding---+
 
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -69,12 +71,8 @@ class Desk:
     @ray.method(concurrency_group="control")
     def cancel(self, job_id: str) -> JobView:
         """Cancel a job: at once if queued, after the step in progress if training."""
-        try:
+        with _full_disk_said("cancel"):
             view = self._ledger.cancel(job_id)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-                raise
-            raise Unavailable("the disk is full: free some space and cancel again") from None
         self._wake.set()
         return view
 
@@ -88,12 +86,8 @@ class Desk:
         """Forget samples that are not in the live weights, under the hold that is named."""
         if not self._barrier.is_held(removal.token):
             raise Unavailable("the hold has ended and nothing was forgotten; try again")
-        try:
+        with _full_disk_said("forget"):
             self._ledger.forget(removal.sample_ids)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-                raise
-            raise Unavailable("the disk is full: free some space and forget again") from None
         self._num_returns += 1  # They may be in the job that the training thread has in hand.
 
     @ray.method(concurrency_group="control")
@@ -105,3 +99,14 @@ class Desk:
     def holding_forgotten(self, versions: tuple[int, ...]) -> tuple[int, ...]:
         """Those of the versions whose weights have learned what is forgotten."""
         return self._ledger.holding_forgotten(versions)
+
+
+@contextmanager
+def _full_disk_said(verb: str) -> Iterator[None]:
+    """Whoever asked is told what to do, and nothing has changed."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise Unavailable(f"the disk is full: free some space and {verb} again") from None

@@ -14,11 +14,12 @@ import time
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from typing import Final
 
 from actors.lineage import Lineage
 from actors.past import Remembered
 
-FORGOTTEN = "all of its samples are forgotten"
+FORGOTTEN: Final = "all of its samples are forgotten"
 
 
 class Forgetting(Lineage):

@@ -1,9 +1,11 @@
 """What the ledger tells of the past: what was learned between two versions."""
 
+from typing import Final
+
 from actors.past import Learned, LearnedItem
 from actors.trials import Trials
 
-MAX_ITEMS = 1000
+MAX_ITEMS: Final = 1000
 """Most items that are told of one generation; the reply stays small."""
 
 

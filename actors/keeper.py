@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.calls import in_words
 from actors.errors import CheckpointFailed, NotFound, ReverieError, Unavailable
 from actors.messages import CellPaths, Checkpoint, CheckpointReport, Hold
 from actors.settings import Settings
@@ -107,14 +108,22 @@ class Keeper:
             raise Unavailable(f"{self._reason}; the cell restarts")
 
     def _publish(self) -> None:
-        from apollo.journal.retention import Retention, thin
-
         self._refuse_if_ended()
         self._public = self._journal.publish().generation
         self._published_at = time.monotonic()
+        self._thin()
+
+    def _thin(self) -> None:
+        """Drop old generations, and those that nobody may return to; another time will do, too."""
+        from apollo.journal.retention import Retention, thin
+
         keep = self._settings.journal
         ages = Retention(keep.keep_all_s, keep.keep_hourly_s, keep.max_age_s)
-        forgotten = self._with_forgotten()
+        try:
+            forgotten = self._with_forgotten()
+        except (RayError, ReverieError) as error:  # What was published is public all the same.
+            log.warning("old generations stay until the next publication: %s", in_words(error))
+            return
         for reason in thin(self._journal, time.time(), ages, forgotten).damaged:
             log.warning("old generations stay as they are: %s", reason)
 

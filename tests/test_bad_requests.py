@@ -94,8 +94,8 @@ def checkpoint(name: str, body: Any, status: int, says: str, param: str | None =
     return Bad(name, "POST", "/checkpoint", body, status, says, param)
 
 
-def route(method: str, path: str, status: int, says: str) -> Bad:
-    return Bad(f"{method} {path[:40]}", method, path, None, status, says)
+def route(method: str, path: str, status: int, says: str, param: str | None = None) -> Bad:
+    return Bad(f"{method} {path[:40]}", method, path, None, status, says, param)
 
 
 def vllm(name: str, path: str, body: Any, status: int, says: str) -> Bad:
@@ -303,6 +303,9 @@ ROUTES = [
     rollback("generation unknown", {"generation": 999}, 404, "is not kept", "generation"),
     rollback("generation 1.5", {"generation": 1.5}, 422, "generation", "generation"),
     rollback("generation huge", {"generation": 2**70}, 404, "is not kept", "generation"),
+    route("GET", "/checkpoints/999", 404, "999 is not kept; nearest: ", "generation"),
+    route("GET", "/checkpoints/nine", 404, "is a number; see GET /checkpoints", "generation"),
+    route("GET", "/checkpoints/" + "9" * 5000, 404, "generation is a number", "generation"),
     checkpoint("publish a word", {"publish": "yes"}, 422, 'got "yes"', "publish"),
     checkpoint("publish misspelt", {"publich": True}, 422, "unknown key", "publich"),
     checkpoint("checkpoint array", b"[true]", 400, "not an array"),

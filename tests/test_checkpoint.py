@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import GetTimeoutError
 
 from actors import checkpoint
 from actors.checkpoint import Checkpointer
@@ -68,6 +69,8 @@ class ScriptedTrainer:
         return True
 
     def _holding_forgotten(self, versions: tuple[int, ...]) -> tuple[int, ...]:
+        if self.is_deaf:
+            raise GetTimeoutError("no answer")
         return ()
 
     def _wait(self, why: str | None) -> None:
@@ -218,6 +221,17 @@ def test_a_trainer_that_went_away_keeps_nothing(made: Any) -> None:
     with pytest.raises(Unavailable):
         commit(made)
     assert made.actor.report().generation == 0
+
+
+def test_a_publication_counts_although_nobody_says_what_may_be_dropped(
+    made: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    made.trainer.learn()
+    made.trainer.is_deaf = True
+    kept = commit(made)
+    assert made.actor.report().public_generation == kept.generation
+    assert is_same(load_public(made.disk), made.trainer.state)
+    assert "old generations stay until the next publication" in caplog.text
 
 
 def test_a_return_is_made_public_before_the_trainer_takes_it_over(made: Any) -> None:
