@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,19 @@ import httpx
 import psutil
 import pytest
 
+from actors.ledger import Ledger
 from apollo.weights.adopt import adopt
 
 BOOT_TIMEOUT_S = 400
 STOP_TIMEOUT_S = 90
 EXIT_TIMEOUT_S = 10
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """Without a cell; a test that opens it a second time finds it at ledger.sqlite."""
+    with closing(Ledger(tmp_path / "ledger.sqlite")) as opened:
+        yield opened
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,8 @@
 """A return of the weights: what it undid is cancelled or queued again, once, and never half."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
 from actors.ledger import Ledger
 from actors.messages import TrainingSample
 from actors.posted import TrainConfig
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    yield ledger
-    ledger.close()
 
 
 def accept(ledger: Ledger, *names: str, epochs: int = 1) -> str:

@@ -19,13 +19,6 @@ from actors.versions import VersionCounter
 from apollo.learning.step import StepReport
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    made = Ledger(tmp_path / "ledger.sqlite")
-    yield made
-    made.close()
-
-
 def accept(ledger: Ledger, name: str, round_id: str | None = None, num: int = 2) -> str:
     samples = [
         TrainingSample(f"{name}-{at}", (1, 2), (3, 4), content_hash=f"{name}{at}")
