@@ -22,6 +22,7 @@ from door.exchanges import Hearing
 VERSION_HEADER: Final = "x-weights-version"
 LAST_VERSION_HEADER: Final = "x-weights-version-last"
 CONNECT_TIMEOUT_S: Final = 5
+_LAST_EVENT: Final = b"data: [DONE]\n\n"
 _KEPT_REQUEST_HEADERS: Final = ("content-type", "accept", "x-request-id", "x-session-id")
 _KEPT_RESPONSE_HEADERS: Final = ("content-type", "x-request-id", "cache-control")
 
@@ -134,6 +135,7 @@ class _Stream(Response):
         gone = asyncio.ensure_future(_disconnected(receive))
         # Ends the wait for a chunk too: an engine that is silent must not outlive its client.
         gone.add_done_callback(lambda _: self._answer.close())
+        first, is_whole = self.headers[VERSION_HEADER], False
         try:
             await send(
                 {
@@ -146,17 +148,19 @@ class _Stream(Response):
             while chunk and not gone.done():
                 if self._hearing is not None:
                     self._hearing.take(chunk)
+                is_whole = chunk.endswith(_LAST_EVENT)  # Many clients hang up on it.
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = await self._answer.content.readany()
-            first, last = self.headers[VERSION_HEADER], self._versions.newest_version
+            is_whole = is_whole or not chunk
+            last = self._versions.newest_version
             comment = f": weights_version first={first} last={last}\n\n".encode()
             await send({"type": "http.response.body", "body": comment})
-            if self._hearing is not None and not chunk:
-                self._hearing.end(True, int(first), last)
         except aiohttp.ClientError:
             if not gone.done():
                 raise
         finally:
+            if self._hearing is not None and is_whole:
+                self._hearing.end(True, int(first), self._versions.newest_version)
             gone.cancel()
             self._answer.close()  # If it is not at its end, vLLM aborts the request.
             self._done()

@@ -630,6 +630,33 @@ async def test_a_whole_answer_is_heard_as_the_client_got_it(
     assert (only.first_version, only.last_version) == (VERSIONS_FIRST, VERSIONS_FIRST)
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_an_answer_is_heard_although_its_client_hung_up_on_its_last_event(
+    upstream: Upstream, proxy: EngineProxy, is_cancelled: bool
+) -> None:
+    """As the official client does; Serve then cancels the request, or says that it has gone."""
+
+    async def reply(request: web.Request) -> web.StreamResponse:
+        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await stream.prepare(request)
+        await stream.write(b"data: 1\n\ndata: [DONE]\n\n")
+        await asyncio.Event().wait()
+        return stream
+
+    upstream.answer = reply
+    heard, client, request, done = Heard(), Client(), request_of(b"{}"), Done()
+    response = await proxy.forward(request, b"{}", done, heard.hearing())
+    sending = asyncio.create_task(response(request.scope, client.receive, client.send))
+    await asyncio.wait_for(client.got_some.wait(), 10)
+    if is_cancelled:
+        sending.cancel()
+    else:
+        client.left.set()
+    await asyncio.wait([sending], timeout=10)
+    (only,) = heard.exchanges
+    assert only.answer == b"data: 1\n\ndata: [DONE]\n\n" and done.calls == 1
+
+
 @pytest.mark.parametrize("why", ["refused", "client gone", "engine gone"])
 async def test_an_answer_that_is_not_whole_is_not_heard(
     upstream: Upstream, proxy: EngineProxy, why: str
