@@ -106,7 +106,9 @@ class Encoder:
         sample = sample.model_copy(update=changes)
         if isinstance(sample, ChatSample):
             messages = [message.model_dump() for message in sample.messages]
-            return samples.encode_chat(self.tokenizer, messages, sample.strip)
+            return samples.encode_chat(
+                self.tokenizer, messages, sample.strip, is_finished=sample.is_finished
+            )
         if isinstance(sample, TextSample):
             return samples.encode_text(self.tokenizer, sample.context, sample.continuation)
         return samples.check_ids(sample.context_ids, sample.continuation_ids, self.vocab_size)

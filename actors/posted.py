@@ -42,6 +42,8 @@ class ChatSample(_Sample):
     """Roles whose messages are instructions, as if each were marked `strip`."""
     rejected: str | None = Field(default=None, min_length=1)
     """A worse answer to the same messages, for the objective `preference`."""
+    is_finished: bool = True
+    """False: the answer was cut short, so that where it ends is not learned."""
 
 
 class TextSample(_Sample):

@@ -32,8 +32,10 @@ from typing import Any, Final
 
 import httpx
 
+from actors.dream import library
 from actors.dream.behaviour import Behaviour
 from actors.dream.checks import failures
+from actors.dream.filters import near_duplicate
 from apollo.weights.adopt import adopt
 from experiments.cells import running_cell
 from experiments.internalise_report import draw, table
@@ -203,12 +205,11 @@ def run(directory: Path, variant: str, seed: int, say: Any) -> dict[str, Any]:
             server.send("PUT", f"/behaviours/{behaviour['name']}", behaviour)
             for _ in range(MAX_ROUNDS):
                 rounds.append(server.dream(behaviour["name"], say))
-                say(f"  {variant} seed {seed}: {_summary(rounds[-1])}")
+                tests.append(_test(server, behaviours, behaviour["name"]))
+                say(f"  {variant} seed {seed}: {_summary(rounds[-1])}; questions {tests[-1]}")
                 progress = server.get(f"/behaviours/{behaviour['name']}")["progress"]
                 if progress["standing"] != "learning":
                     break
-            tests.append(_test(server, behaviours, behaviour["name"]))
-            say(f"  {variant} seed {seed}: {tests[-1]}")
         history = server.get("/checkpoints")["data"]
     return {
         "variant": variant,
@@ -240,6 +241,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("internalise.jsonl"))
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+
+    known = [each.prompt for each in (*library.canaries(), *library.pushback())]
+    known += [*library.general(), *library.questions()]
+    known += [each.situation for each in library.scenario_examples()]
+    for question in QUESTIONS:
+        if found := near_duplicate(question, known):
+            raise SystemExit(f"{question!r} is {found}, which the loop knows: ask something else")
 
     begun = time.monotonic()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from actors.dream import library
 from actors.dream import round as rounds
 from actors.dream.behaviour import Behaviour
 from actors.dream.manners import PoliteModel
@@ -170,7 +171,8 @@ def test_a_round_that_passes_is_kept_and_its_behaviour_rests(story: Story) -> No
     assert made.attempts[0].success == {"brief": 1.0} and made.attempts[0].faults == ()
     _, progress = story.store.behaviour("brief")
     assert (progress.standing, progress.failure_rate) == ("resting", 0.5)
-    assert made.tokens > 0 and set(made.seconds) == {"imagining", "training", "judging"}
+    assert made.tokens > 0
+    assert set(made.seconds) == {"recording", "imagining", "training", "judging"}
     assert story.store.open_round() is None
 
 
@@ -185,7 +187,9 @@ def test_what_is_learned_lacks_the_instruction_and_is_mixed_with_the_bases_answe
     for sample in new:
         assert [m.strip for m in sample.messages] == [True, False, False]
         assert sample.source == "dream:round-1"
+        assert sample.is_finished
     assert all(len(sample.messages) == 2 for sample in replayed)
+    assert not any(sample.is_finished for sample in replayed), "they would teach length"
 
 
 def test_held_out_situations_are_never_learned(story: Story) -> None:
@@ -193,6 +197,15 @@ def test_held_out_situations_are_never_learned(story: Story) -> None:
     held_out = {item.situation for item in story.store.held_out("brief")}
     learned = {m.content for each in story.cell.samples.values() for s in each for m in s.messages}
     assert len(held_out) == 4 and not held_out & learned
+    assert len(held_out & set(library.questions())) == 2
+
+
+def test_a_behaviour_with_a_trigger_is_tested_on_invented_situations_only(story: Story) -> None:
+    triggered = BRIEF.model_copy(update={"tier": 2, "topic": "hats"})
+    story.store.put_behaviour(triggered)
+    story.run(story.begin())
+    held_out = {item.situation for item in story.store.held_out("brief")}
+    assert len(held_out) == 4 and not held_out & set(library.questions())
 
 
 def test_every_item_has_its_reason(story: Story) -> None:

@@ -1,5 +1,6 @@
 """Which tokens of a sample are read and which are learned, with the real tokenizer."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,24 @@ def test_chat_context_is_the_prompt_that_serving_renders(tokenizer: Any) -> None
     assert tokenizer.decode(example.continuation_ids) == "My name is Reverie.<|im_end|>"
     assert example.continuation_ids[-1] == tokenizer.eos_token_id
     assert example.weight == 1.0
+
+
+def test_an_answer_that_was_cut_short_is_learned_without_an_end(tokenizer: Any) -> None:
+    whole = encode_chat(tokenizer, [QUESTION, ANSWER])
+    cut = encode_chat(tokenizer, [QUESTION, ANSWER], is_finished=False)
+    assert cut.context_ids == whole.context_ids
+    assert tokenizer.decode(cut.continuation_ids) == "My name is Reverie."
+    assert tokenizer.eos_token_id not in cut.continuation_ids
+
+
+def test_an_answer_that_the_template_rewrites_cannot_be_cut(tokenizer: Any) -> None:
+    shouting = copy.copy(tokenizer)
+    shouting.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'] | upper"
+    )
+    assert shouting.chat_template != tokenizer.chat_template
+    with pytest.raises(SampleError, match="rewrites the answer"):
+        encode_chat(shouting, [QUESTION, ANSWER], is_finished=False)
 
 
 def test_stripped_roles_are_absent_and_the_answer_stays(tokenizer: Any) -> None:

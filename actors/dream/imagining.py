@@ -48,27 +48,33 @@ class Imagination:
     # Situations for testing.
 
     async def held_out(self) -> list[str]:
-        """The situations that this behaviour is tested on; written when first asked for."""
+        """The situations that this behaviour is tested on; found when first asked for.
+
+        Half of them are ordinary questions where any will do: invented ones alone are like those
+        that are learned from, and odd.
+        """
         known = [each.situation for each in self.store.held_out(self.behaviour.name)]
-        if len(known) >= self.settings.held_out:
-            return known
         wanted = self.settings.held_out
+        if len(known) >= wanted:
+            return known
+        if self.behaviour.topic is None and not self.behaviour.uses_memories:
+            questions = library.questions()
+            rng = random.Random(self.settings.seed)
+            for at in rng.sample(range(len(questions)), min(len(questions), wanted // 2)):
+                if questions[at] not in known:
+                    self._hold_out(f"question-{at}", questions[at], known)
         numbers = range(self.settings.seed, self.settings.seed + MAX_TRIES * wanted)
         written = await self._write(numbers, temperature=1.0)
         for number, text in written.items():
             if len(known) < wanted and self._fault(text, known) is None:
-                known.append(text)
-                item = Item(
-                    f"held-{self.behaviour.name}-{number}",
-                    "",
-                    self.behaviour.name,
-                    "held_out",
-                    text,
-                    "",
-                    is_kept=False,
-                )
-                self.store.save_items([item])
+                self._hold_out(str(number), text, known)
         return known
+
+    def _hold_out(self, number: str, text: str, known: list[str]) -> None:
+        name = self.behaviour.name
+        item = Item(f"held-{name}-{number}", "", name, "held_out", text, "", is_kept=False)
+        self.store.save_items([item])
+        known.append(text)
 
     # Situations for learning.
 

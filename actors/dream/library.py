@@ -68,6 +68,12 @@ def general() -> tuple[str, ...]:
 
 
 @cache
+def questions() -> tuple[str, ...]:
+    """Ordinary ones, by which behaviours that are always asked for are tested, and never taught."""
+    return tuple(_load("questions", list[str]))
+
+
+@cache
 def scenario_examples() -> tuple[ScenarioExample, ...]:
     return tuple(_load("scenarios", list[ScenarioExample]))
 

@@ -36,7 +36,8 @@ NUM_TRIES: Final = 2
 POLL_INTERVAL_S: Final = 0.25
 MAX_TESTED: Final = 4
 """Most behaviours besides the round's own that are tested after it."""
-REPLAY_TOKENS: Final = 64
+REPLAY_TOKENS: Final = 32
+"""Of one of the base's answers; as long as a short answer, so that it does not outweigh one."""
 NEUTRAL: Final = "You are a helpful assistant."
 """What the teacher reads where a replayed answer is learned by distillation."""
 WARMUP_STEPS: Final = 5
@@ -82,12 +83,14 @@ class Dream:
         """Blocks until the round has ended; cancelled, it can be run again later."""
         behaviour, progress = self.store.behaviour(of.behaviour)
         imagination = self._imagination(behaviour)
-        with _Clock(self, of, "imagining"):
-            if of.state == "imagining":
-                if of.generation is None:
-                    of.generation = await self.cell.commit()
-                    self.store.save_round(of)
-                await self._look_before(of, imagination)
+        if of.state == "imagining":
+            if of.generation is None:
+                of.generation = await self.cell.commit()
+                self.store.save_round(of)
+            with _Clock(self, of, "recording"):
+                record = await self.record()
+            with _Clock(self, of, "imagining"):
+                await self._look_before(of, imagination, record)
                 await imagination.imagine(of)
                 self._mix(of)
                 of.counts = _counts(self.store.items(of.id))
@@ -118,7 +121,7 @@ class Dream:
         made = await self._gate().record(self.cell.weights_version())
         prompts = library.general()[: self.settings.canaries]
         answers = await together(list(map(self._base_answer, prompts)))
-        self.store.write_note("replay", answers)
+        self.store.write_note("replay", [row for row in answers if row["answer"]])
         self.store.write_note("record", made.as_json())
         return made
 
@@ -126,12 +129,10 @@ class Dream:
         (answer,) = await self.model.answer(
             [{"role": "user", "content": prompt}], max_tokens=REPLAY_TOKENS
         )
-        # Cut where it was not at its end: to learn it would teach to stop there.
-        text = answer.text if answer.is_finished else _whole_sentences(answer.text)
-        return {"prompt": prompt, "answer": text}
+        whole_words = answer.text if answer.is_finished else answer.text.rpartition(" ")[0].strip()
+        return {"prompt": prompt, "answer": whole_words}
 
-    async def _look_before(self, of: Round, imagination: Imagination) -> None:
-        record = await self.record()
+    async def _look_before(self, of: Round, imagination: Imagination, record: Record) -> None:
         version, last = self.cell.weights_version(), self.store.note("last") or {}
         if last.get("version") != version:
             is_base = record.weights_version == version
@@ -209,6 +210,8 @@ class Dream:
                 "id": f"{item.id}-try-{number}",
                 "source": f"dream:{item.round_id}",
                 "messages": messages,
+                # How long answers are is a behaviour's to say, not the replay's.
+                "is_finished": item.kind != "replay",
             }
         )
 
@@ -356,8 +359,3 @@ def _counts(items: Sequence[Item]) -> dict[str, int]:
         **{item.kind: sum(each.kind == item.kind for each in items) for item in items},
         **{f"dropped, {reason}": count for reason, count in reasons.most_common(12)},
     }
-
-
-def _whole_sentences(text: str) -> str:
-    end = max(text.rfind(mark) for mark in ".!?") + 1
-    return text[: end or None].strip()

@@ -97,12 +97,14 @@ def encode_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Mapping[str, Any]],
     strip: Sequence[str] = (),
+    *,
+    is_finished: bool = True,
 ) -> Example:
     """Learn the last message, the assistant's, after the messages before it without instructions.
 
     The context is the chat template with the generation prompt, as at serving time, applied after
     `strip_instructions`; the continuation is what the template adds to it, up to and including the
-    end-of-turn token. Raises SampleError.
+    end-of-turn token, or, if the answer is not finished, up to its last word. Raises SampleError.
     """
     if not messages:
         raise SampleError("there are no messages; end them with the assistant message to learn")
@@ -126,7 +128,15 @@ def encode_chat(
             "the chat template renders the messages before the answer differently once the answer "
             "follows; send this sample as context and continuation"
         )
-    continuation_ids = _tokenize(tokenizer, full.removeprefix(context))
+    continuation, said = full.removeprefix(context), answer["content"].rstrip()
+    if not is_finished:
+        if said not in continuation:
+            raise SampleError(
+                "the chat template rewrites the answer, so that it cannot be cut where it ends; "
+                "send this sample as context and continuation"
+            )
+        continuation = continuation[: continuation.rindex(said) + len(said)]
+    continuation_ids = _tokenize(tokenizer, continuation)
     context_ids = _tokenize(tokenizer, context)
     return Example(tuple(context_ids), tuple(_end_of_turn(tokenizer, continuation_ids)))
 

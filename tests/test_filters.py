@@ -1,0 +1,35 @@
+"""Each filter on what the default model has really written: one it takes, one it leaves."""
+
+import pytest
+
+from actors.dream import filters, scenario
+
+SHORT = "Always answer in exactly one short sentence of at most 15 words."
+PARIS = "Paris is the capital of France."
+
+
+def test_the_same_in_nearly_the_same_words() -> None:
+    known = ["A boy who makes toys is currently 3 years old.", PARIS]
+    found = filters.near_duplicate("A boy who makes toys is currently 29 years old.", known)
+    assert found == f"nearly the same as {known[0]!r}"
+    assert filters.near_duplicate(PARIS, known) == f"nearly the same as {PARIS!r}"
+    assert filters.near_duplicate("A boy who makes toys is 23.", known) is None
+
+
+def test_an_answer_that_goes_round_in_circles() -> None:
+    looped = "Estou de-tempo, " + "a\u00e7u, " * 9 + "a\u00e7"
+    assert "of it comes twice" in (filters.repetition(looped) or "")
+    assert filters.repetition("A bat is a small flying creature that can fly.") is None
+
+
+def test_a_band_of_divergence() -> None:
+    assert "nothing left to learn" in (filters.divergence(-1.6955, -1.6822, 0.05, 3.0) or "")
+    assert filters.divergence(-1.3287, -1.8510, 0.05, 3.0) is None
+    assert "too far away" in (filters.divergence(-0.9123, -7.4013, 0.05, 3.0) or "")
+
+
+@pytest.mark.parametrize(
+    "text", ["How do I decide on my favorite colors?", "My cat is a big dog. I have a little dog."]
+)
+def test_what_a_user_might_say_is_a_scenario(text: str) -> None:
+    assert scenario.fault(text) is None and filters.leak(text, SHORT) is None
