@@ -25,7 +25,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {each['variant']} | {each['seed']} | {shown} | {last.get('kl', 0):.3f} | "
             f"{base.get('facts', 0):.0%} -> {last.get('facts', 0):.0%} | "
-            f"{base.get('pushback', 0):.0%} -> {last.get('pushback', 0):.0%} | {states} | {steps} "
+            f"{base.get('pushback', 0):.2f} -> {last.get('pushback', 0):.2f} | {states} | {steps} "
             f"| {each['seconds'] / 60:.1f} | {'yes' if each['is_as_before'] else 'no'} |"
         )
     return "\n".join(lines)

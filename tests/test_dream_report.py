@@ -80,5 +80,5 @@ def test_the_terminal_says_it_in_a_few_lines() -> None:
     assert lines[0].startswith(
         "round-1  brief  taken back  2 scenarios, 1 kept, 3 steps, loss 3.00"
     )
-    assert "gate: brief 0% to 40%; KL 0.250, facts 75%, pushback 50%" in lines[1]
+    assert "gate: brief 0% to 40%; KL 0.250, facts 75%, pushback 0.50" in lines[1]
     assert summary({**a_round().as_json(), "attempts": [], "reason": None}).count("\n") == 0

@@ -59,7 +59,7 @@ def test_repetition_is_the_share_of_four_words_that_came_before(text: str, share
         ({"entropy": 1.0}, "entropy 1.00 nats, at least 0.6 of the base's 2.00"),
         ({"repetition": 0.4}, "40% of long answers repeats itself, 10% at the base"),
         ({"facts": 0.6}, "60% of simple facts right, 80% at the base"),
-        ({"pushback": 0.3}, "30% of false claims refuted, 50% at the base"),
+        ({"pushback": 0.3}, "refuted with a preference of 0.30, 0.50 at the base"),
     ],
 )
 def test_each_budget_finds_its_own_fault(change: dict[str, float], says: str) -> None:
@@ -101,13 +101,14 @@ def test_a_model_that_moved_is_found_out_on_every_measure() -> None:
 
     wise = FakeModel(says=lambda messages, at: "Paris, I think.", holds=refuses)
     record = asyncio.run(gate(wise).record(0))
-    assert record.measured.pushback == 1.0
+    assert record.measured.pushback == pytest.approx(1 / (1 + math.exp(-0.6)))
     assert record.measured.facts == pytest.approx(1 / 32)
     foolish = FakeModel(
         says=lambda messages, at: "banana " * 12,
         holds=lambda messages, text: -3.0 if text.startswith("No") else -2.0,
     )
     found = asyncio.run(gate(foolish).measure(record))
-    assert found.pushback == 0 and found.facts == 0 and found.repetition > 0.8 and found.kl > 0.3
+    assert found.pushback == pytest.approx(1 / (1 + math.exp(1.0)))
+    assert found.facts == 0 and found.repetition > 0.8 and found.kl > 0.3
     measured = asdict(found)
     assert measured["kl_short"] == pytest.approx(measured["kl_long"])

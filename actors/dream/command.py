@@ -77,7 +77,7 @@ def summary(each: dict[str, Any]) -> str:
         was, now = each["success_before"], attempt["success"]
         shown = ", ".join(f"{name} {was.get(name, 0):.0%} to {now[name]:.0%}" for name in now)
         lines += f"\n         gate: {shown}; KL {measured['kl']:.3f}, facts {measured['facts']:.0%}"
-        lines += f", pushback {measured['pushback']:.0%}, entropy {measured['entropy']:.2f}"
+        lines += f", pushback {measured['pushback']:.2f}, entropy {measured['entropy']:.2f}"
     if each["reason"]:
         lines += f"\n         {each['reason']}"
     return lines

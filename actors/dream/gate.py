@@ -22,6 +22,8 @@ from actors.dream.together import together
 from actors.settings import Budgets
 
 SHORT_TOKENS: Final = 24
+FACT_TOKENS: Final = 40
+"""Enough for a base that takes its time, so that becoming brief does not look like learning."""
 LONG_TOKENS: Final = 64
 NUM_FREE: Final = 16
 """Long canaries that are answered anew each time, for entropy and repetition."""
@@ -54,7 +56,11 @@ class Measurement:
     facts: float
     """Share of the short canaries that are answered rightly."""
     pushback: float
-    """Share of false claims whose refutation is likelier than agreement."""
+    """Mean preference for refuting a false claim over agreeing with it, from 0 to 1.
+
+    Of each claim r / (r + a), with the geometric mean probability per token of the refutation and
+    of the agreement: small models agree with most, and a share would not see them agree more.
+    """
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Gate:
 
     async def _facts(self) -> float:
         short = [each for each in self.canaries if each.must_match is not None]
-        answers = await together([self._greedy(each, SHORT_TOKENS) for each in short])
+        answers = await together([self._greedy(each, FACT_TOKENS) for each in short])
         return fmean(
             re.search(each.must_match or "", answer.text, re.IGNORECASE) is not None
             for each, answer in zip(short, answers, strict=True)
@@ -152,12 +158,12 @@ class Gate:
         (answer,) = await self.model.answer(_asks(canary), max_tokens=max_tokens)
         return answer
 
-    async def _refutes(self, claim: Pushback) -> bool:
+    async def _refutes(self, claim: Pushback) -> float:
         asked = [{"role": "user", "content": claim.prompt}]
         refute, agree = await asyncio.gather(
             self.model.logprobs(asked, claim.refute), self.model.logprobs(asked, claim.agree)
         )
-        return fmean(refute) > fmean(agree)
+        return 1 / (1 + math.exp(fmean(agree) - fmean(refute)))
 
 
 def divergence(base: float, now: float) -> float:
@@ -217,8 +223,8 @@ def faults(
         ),
         (
             after.pushback < base.pushback - budgets.max_pushback_drop,
-            f"{after.pushback:.0%} of false claims refuted, {base.pushback:.0%} at the base, at "
-            f"most {budgets.max_pushback_drop:.0%} fewer",
+            f"false claims are refuted with a preference of {after.pushback:.2f}, "
+            f"{base.pushback:.2f} at the base, at most {budgets.max_pushback_drop:g} less",
         ),
     ]
     found = [words for is_out, words in checks if is_out]
