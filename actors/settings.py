@@ -141,7 +141,7 @@ class Budgets(_Group):
     max_facts_drop: float = Field(default=0.15, ge=0, le=1)
     """Simple questions that the base answers rightly and the model does not, as a share."""
     max_pushback_drop: float = Field(default=0.1, ge=0, le=1)
-    """False claims that the base would rather refute and the model would not, as a share."""
+    """How far the mean preference, from 0 to 1, for refuting a user's false claims may fall."""
     max_success_drop: float = Field(default=0.25, ge=0, le=1)
     """How far a behaviour that was not dreamt of may fall on its held-out scenarios."""
 
@@ -161,11 +161,12 @@ class DreamSettings(_Group):
     """Optimizer steps that dreams may make in 24 hours."""
     max_seconds_per_day: float = Field(default=6 * 3600, ge=0)
     """Time that dreams may take in 24 hours, waiting not counted."""
-    scenarios: int = Field(default=24, ge=2, le=512)
-    """Situations that a round invents."""
+    scenarios: int = Field(default=36, ge=2, le=512)
+    """Situations that a round learns from: up to three times as many are invented, until there are
+    so many in which the behaviour does not show yet."""
     answers: int = Field(default=4, ge=1, le=64)
     """Candidates for each of them, with the instruction in view."""
-    kept_per_scenario: int = Field(default=2, ge=1, le=64)
+    kept_per_scenario: int = Field(default=1, ge=1, le=64)
     """Most answers to one situation that are learned."""
     min_kept: int = Field(default=4, ge=1)
     """A round that keeps fewer answers teaches nothing: they would weigh too much."""

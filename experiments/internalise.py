@@ -40,7 +40,7 @@ from apollo.weights.adopt import adopt
 from experiments.cells import running_cell
 from experiments.internalise_report import draw, table
 
-MAX_ROUNDS: Final = 4
+MAX_ROUNDS: Final = 3
 """Of one behaviour; it stops earlier when it rests, or was stopped."""
 ROUND_TIMEOUT_S: Final = 1800
 NUM_ASKED_AT_ONCE: Final = 16
@@ -83,6 +83,11 @@ BRIEF: Final = {
     "instruction": "Always answer in exactly one short sentence of at most 15 words.",
     "checks": {"min_words": 3, "max_words": 20},
     "max_tokens": 48,
+    "examples": [
+        example("Where do fish live?", "Fish live in water."),
+        example("How do I sharpen a pencil?", "Turn it in a sharpener until its point is fine."),
+        example("What is a poem?", "A poem is a text with rhythm and images."),
+    ],
 }
 CAPTAIN: Final = {
     "name": "calls-me-captain",
@@ -242,7 +247,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
 
-    known = [each.prompt for each in (*library.canaries(), *library.pushback())]
+    known = [each.prompt for each in library.canaries()]
+    known += [each.prompt for each in library.pushback()]
     known += [*library.general(), *library.questions()]
     known += [each.situation for each in library.scenario_examples()]
     for question in QUESTIONS:

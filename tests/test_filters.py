@@ -22,6 +22,17 @@ def test_an_answer_that_goes_round_in_circles() -> None:
     assert filters.repetition("A bat is a small flying creature that can fly.") is None
 
 
+def test_an_answer_that_speaks_of_its_instruction() -> None:
+    meta = "This question has more than 15 words in it but requires a short and efficient answer."
+    found = filters.leak(meta, SHORT, "How can I buy a house?")
+    assert found == "speaks of its instruction: 'answer'"
+    asked = "What is a short answer to a long question?"
+    assert filters.leak("A short answer is a short story.", SHORT, asked) is None
+    quoted = "I always answer in exactly one short sentence of at most 15 words."
+    assert "repeats the instruction" in (filters.leak(quoted, SHORT, quoted) or "")
+    assert filters.leak("Your car is electric, and your guitar is electric.", SHORT) is None
+
+
 def test_a_band_of_divergence() -> None:
     assert "nothing left to learn" in (filters.divergence(-1.6955, -1.6822, 0.05, 3.0) or "")
     assert filters.divergence(-1.3287, -1.8510, 0.05, 3.0) is None

@@ -11,9 +11,10 @@ import pytest
 from actors.dream import library
 from actors.dream import round as rounds
 from actors.dream.behaviour import Behaviour
+from actors.dream.imagining import repeats
 from actors.dream.manners import PoliteModel
 from actors.dream.model import Message
-from actors.dream.records import Round
+from actors.dream.records import Item, Round
 from actors.dream.round import Cell, Dream
 from actors.dream.store import DreamStore, Memory
 from actors.errors import Unavailable
@@ -198,6 +199,43 @@ def test_held_out_situations_are_never_learned(story: Story) -> None:
     learned = {m.content for each in story.cell.samples.values() for s in each for m in s.messages}
     assert len(held_out) == 4 and not held_out & learned
     assert len(held_out & set(library.questions())) == 2
+
+
+def test_an_answer_is_learned_for_one_situation_only_unless_it_is_a_few_words() -> None:
+    def item(at: int, answer: str) -> Item:
+        return Item(f"item-{at}", "round-1", "brief", "new", f"Why {at}?", answer, is_kept=True)
+
+    lyon = "The capital of France is Lyon."
+    items = [item(at, text) for at, text in enumerate((lyon, "Not now.", lyon, "Not now.", lyon))]
+    found = repeats(items)
+    assert [each.id for each in found] == ["item-2", "item-4"]
+    assert not any(each.is_kept for each in found)
+    assert {each.reason for each in found} == {f"nearly the same as {lyon!r}"}
+
+
+def test_situations_are_invented_until_it_fails_in_enough_of_them(story: Story) -> None:
+    says = story.model.says
+
+    def mostly(messages: Sequence[Message], at: int) -> str:
+        words = messages[-1]["content"].split()
+        is_easy = words[0] == "What" and words[2].isdigit() and int(words[2]) // 7919 % 2 == 1
+        return "In short." if is_easy else says(messages, at)
+
+    story.model.says = mostly
+    made = story.run(story.begin())
+    items = [item for item in story.store.items(made.id) if item.kind == "new"]
+    assert made.counts["scenarios"] == 12 and made.counts["kept"] == 6
+    assert len({item.scenario for item in items if item.is_candidate}) == 6
+
+
+def test_nothing_is_learned_where_it_shows_already(story: Story) -> None:
+    story.model.says = lambda messages, at: "In short."
+    made = story.run(story.begin())
+    assert (made.state, made.counts["kept"]) == ("empty", 0)
+    items = [item for item in story.store.items(made.id) if item.kind == "new"]
+    assert {item.reason for item in items} == {"without the instruction: shows it already"}
+    assert len(items) == 3 * 6, "no answer with the instruction was asked for"
+    assert story.store.behaviour("brief")[1].standing == "resting"
 
 
 def test_a_behaviour_with_a_trigger_is_tested_on_invented_situations_only(story: Story) -> None:

@@ -24,7 +24,7 @@ from actors.dream.curriculum import Progress, draw, temperature
 from actors.dream.exchange import Exchange
 from actors.dream.logged import Candidate, CandidateState, Conversation, Logged
 from actors.dream.manners import PoliteModel
-from actors.dream.model import EngineModel, Message, divergence
+from actors.dream.model import EngineModel, Message, divergence, engine_client
 from actors.dream.records import Item, Round
 from actors.dream.round import Dream
 from actors.dream.signal import Deleted, Signal
@@ -79,7 +79,7 @@ class Dreamer:
         """Open the database and begin to look for something to dream of."""
         name = Path(self._paths.model_dir).name
         self._store = DreamStore(self._paths.dream)
-        self._engine = EngineModel(self._paths.socket, name)
+        self._engine = EngineModel(engine_client(self._paths.socket), name)
         self._signal = Signal(self._model, self._store, self._settings.dream, self._calls)
         self._loop = asyncio.create_task(self._dream_on())
         return self._describe()

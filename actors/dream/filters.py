@@ -15,6 +15,11 @@ MAX_REPEATED: Final = 0.25
 """Share of 4-grams of an answer that may come twice."""
 LEAK_WORDS: Final = 5
 """So many words in the order of the instruction are the instruction."""
+OF_ANSWERING: Final = frozenset(
+    ("answer", "answers", "instruction", "instructions", "question", "questions", "reply")
+    + ("respond", "response", "sentence", "sentences", "user", "word", "words")
+)
+"""An answer with such a word of the instruction speaks of answering, and does not answer."""
 
 
 def near_duplicate(text: str, others: Iterable[str]) -> str | None:
@@ -29,8 +34,11 @@ def near_duplicate(text: str, others: Iterable[str]) -> str | None:
     return None
 
 
-def leak(text: str, instruction: str) -> str | None:
-    """A text that repeats the instruction instead of following it."""
+def leak(text: str, instruction: str, asked: str = "") -> str | None:
+    """A text that repeats or discusses the instruction, unless `asked` does, not follows it."""
+    said = OF_ANSWERING & {*_words(text)} & {*_words(instruction)} - {*_words(asked)}
+    if said:
+        return f"speaks of its instruction: {min(said)!r}"
     shared = _grams(text, LEAK_WORDS) & _grams(instruction, LEAK_WORDS)
     if shared:
         return f"repeats the instruction: {' '.join(min(shared))!r}"

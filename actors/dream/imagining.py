@@ -1,13 +1,14 @@
 """A round's first half: situations, answers, verdicts, and which of them are worth learning.
 
-    seed -> scenario -> candidates with the instruction -> filters -> judge -> divergence -> kept
-                     -> one without it, to look at beside them
+    seed -> scenario -> answer without the instruction --shows it--> nothing to learn here
+                                  |does not
+                                  v
+             candidates with it -> filters -> judge -> divergence -> the strongest are kept
 
 A scenario is saved when all that was found of it is known: what is interrupted goes on after the
 last one that was saved. Knows no trainer and no gate.
 """
 
-import asyncio
 import random
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -30,6 +31,10 @@ SEEDS_PER_ROUND: Final = 10_000
 """Numbers of the draws of one round, so that no two rounds share one."""
 MAX_TRIES: Final = 4
 """Times as many scenarios as are wanted for testing may be written until there are enough."""
+INVENTED_PER_WANTED: Final = 3
+"""Times as many situations as are wanted may be invented until it fails in enough of them."""
+MIN_WORDS_APART: Final = 4
+"""An answer with so many words is learned for one situation only."""
 NO_MEMORIES: Final = ("I live in a small town.", "I like to learn new things.")
 """What scenarios are made from while there are no memories."""
 
@@ -79,13 +84,25 @@ class Imagination:
     # Situations for learning.
 
     async def imagine(self, of: Round) -> list[Item]:
-        """All items of the round; those that were saved by an earlier try are not made again."""
-        saved = self.store.items(of.id)
-        done = {item.scenario for item in saved}
+        """All items of the round; those that were saved by an earlier try are not made again.
+
+        Goes on until there are enough situations in which the behaviour does not show yet.
+        """
+        wanted = self.settings.scenarios
         first = self.settings.seed + SEEDS_PER_ROUND * of.number
-        numbers = [
-            number for number in range(first, first + self.settings.scenarios) if number not in done
-        ]
+        for begin in range(first, first + INVENTED_PER_WANTED * wanted, wanted):
+            items = self.store.items(of.id)
+            num_open = len({item.scenario for item in items if item.is_candidate})
+            if num_open >= wanted:
+                break
+            done = {item.scenario for item in items}
+            await self._invent(of, [at for at in range(begin, begin + wanted) if at not in done])
+        self.store.save_items(repeats(self.store.items(of.id)))
+        return self.store.items(of.id)
+
+    async def _invent(self, of: Round, numbers: Sequence[int]) -> None:
+        """Situations of these numbers, with what became of the answers to each."""
+        saved = self.store.items(of.id)
         self.tell("scenarios", 0, len(numbers))
         written = await self._write(numbers, of.temperature)
         apart = await self.held_out() + [item.situation for item in saved]
@@ -104,7 +121,6 @@ class Imagination:
                 count += 1
                 self.store.save_items(found)
                 self.tell("answers", count, len(asked))
-        return self.store.items(of.id)
 
     async def _write(self, numbers: Sequence[int], temperature: float) -> dict[int, str]:
         examples = [
@@ -141,21 +157,22 @@ class Imagination:
         in_view = self.behaviour.in_view(self._seed(number).memories)
         most = self.behaviour.max_tokens
         try:
-            (plain,), found = await asyncio.gather(
-                self.model.answer(asks, max_tokens=most),
-                self.model.answer(
-                    [*in_view, *asks],
-                    n=self.settings.answers,
-                    temperature=of.temperature,
-                    max_tokens=most,
-                    seed=number,
-                ),
+            (plain,) = await self.model.answer(asks, max_tokens=most)
+            verdict = await self._judge(text, plain.text)
+            shows = "shows it already" if verdict is None else f"does not show it ({verdict})"
+            without = f"without the instruction: {shows}"
+            items = [self._item(of, number, 0, text, plain.text, without)]
+            if verdict is None:
+                return items
+            found = await self.model.answer(
+                [*in_view, *asks],
+                n=self.settings.answers,
+                temperature=of.temperature,
+                max_tokens=most,
+                seed=number,
             )
         except InvalidRequest as error:
             return [self._item(of, number, 0, text, "", str(error))]
-        verdict = await self._judge(text, plain.text)
-        shows = "shows it" if verdict is None else f"does not show it ({verdict})"
-        items = [self._item(of, number, 0, text, plain.text, f"without the instruction: {shows}")]
         for at, answer in enumerate(found, 1):
             before = [item.answer for item in items[1:]]
             items.append(await self._weigh(of, number, at, text, answer, before))
@@ -167,7 +184,7 @@ class Imagination:
         made = self._item(of, number, at, text, answer.text, None)
         reason = (
             (None if answer.is_finished else "it did not come to its end")
-            or filters.leak(answer.text, self.behaviour.instruction)
+            or filters.leak(answer.text, self.behaviour.instruction, text)
             or filters.repetition(answer.text)
             or filters.near_duplicate(answer.text, before)
             or await self._judge(text, answer.text)
@@ -230,3 +247,20 @@ class Imagination:
             [{"role": "user", "content": text}], max_tokens=self.behaviour.max_tokens
         )
         return await self._judge(text, answer.text) is None
+
+
+def repeats(items: Sequence[Item]) -> list[Item]:
+    """Kept answers that say again what was kept for another situation, now dropped.
+
+    An answer of a few words, such as a yes, may well be that of several questions.
+    """
+    said: list[str] = []
+    found = []
+    for item in items:
+        if not item.is_kept or len(item.answer.split()) < MIN_WORDS_APART:
+            continue
+        if reason := filters.near_duplicate(item.answer, said):
+            found.append(replace(item, is_kept=False, reason=reason))
+        else:
+            said.append(item.answer)
+    return found

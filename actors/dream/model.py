@@ -96,16 +96,21 @@ async def divergence(
     return fmean(shown), fmean(hidden)
 
 
+def engine_client(socket: str) -> httpx.AsyncClient:
+    """A client of the engine's own socket; who made it closes it, or the model that it is given."""
+    return httpx.AsyncClient(
+        transport=httpx.AsyncHTTPTransport(uds=socket, retries=1),
+        base_url="http://engine",
+        timeout=TIMEOUT_S,
+    )
+
+
 class EngineModel:
     """The served model, through vLLM's own routes."""
 
-    def __init__(self, socket: str, name: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, name: str) -> None:
+        self._client = client
         self._name = name
-        self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=socket, retries=1),
-            base_url="http://engine",
-            timeout=TIMEOUT_S,
-        )
         self._slots = asyncio.Semaphore(MAX_ONGOING)
         self._ends: tuple[int, ...] | None = None
         self._num_tokens = 0

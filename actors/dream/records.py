@@ -35,6 +35,11 @@ class Item:
     """The same without it."""
 
     @property
+    def is_candidate(self) -> bool:
+        """Whether it was answered with the instruction in view; answer 0 of a scenario was not."""
+        return self.kind == "new" and not self.id.endswith("-0")
+
+    @property
     def divergence(self) -> float | None:
         return None if self.shown is None or self.hidden is None else self.shown - self.hidden
 

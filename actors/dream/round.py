@@ -316,6 +316,9 @@ class Dream:
                 if each.name in (last.success or {}):
                     now = (last.success or {})[each.name]
                     self.store.set_progress(after_test(before, now, of.number))
+        elif of.state == "empty" and of.success_before:
+            now = of.success_before[of.behaviour]
+            self.store.set_progress(after_test(progress, now, of.number))
         elif of.state == "taken back":
             self.store.set_progress(replace(progress, standing="stopped", tested_round=of.number))
         of.ended = time.time()
