@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Final
 
 from actors.dream import filters, library, scenario
@@ -33,6 +34,8 @@ MAX_TRIES: Final = 4
 """Times as many scenarios as are wanted for testing may be written until there are enough."""
 INVENTED_PER_WANTED: Final = 3
 """Times as many situations as are wanted may be invented until it fails in enough of them."""
+MIN_BATCH: Final = 8
+"""Fewer at once leave the engine idle."""
 MIN_WORDS_APART: Final = 4
 """An answer with so many words is learned for one situation only."""
 NO_MEMORIES: Final = ("I live in a small town.", "I like to learn new things.")
@@ -90,15 +93,24 @@ class Imagination:
         """
         wanted = self.settings.scenarios
         first = self.settings.seed + SEEDS_PER_ROUND * of.number
-        for begin in range(first, first + INVENTED_PER_WANTED * wanted, wanted):
-            items = self.store.items(of.id)
-            num_open = len({item.scenario for item in items if item.is_candidate})
-            if num_open >= wanted:
+        done = {item.scenario for item in self.store.items(of.id)}
+        numbers = (
+            number
+            for number in range(first, first + INVENTED_PER_WANTED * wanted)
+            if number not in done
+        )
+        while (missing := wanted - self._num_failing(of)) > 0:
+            some = list(islice(numbers, min(wanted, max(MIN_BATCH, missing))))
+            if not some:
                 break
-            done = {item.scenario for item in items}
-            await self._invent(of, [at for at in range(begin, begin + wanted) if at not in done])
+            await self._invent(of, some)
         self.store.save_items(repeats(self.store.items(of.id)))
         return self.store.items(of.id)
+
+    def _num_failing(self, of: Round) -> int:
+        """Situations in which the behaviour does not show yet."""
+        items = self.store.items(of.id)
+        return len({item.scenario for item in items if item.is_candidate})
 
     async def _invent(self, of: Round, numbers: Sequence[int]) -> None:
         """Situations of these numbers, with what became of the answers to each."""
