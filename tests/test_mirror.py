@@ -34,6 +34,8 @@ from tests.small_model import (
     put_model,
 )
 
+pytestmark = pytest.mark.skipif(shutil.which("rsync") is None, reason="mirrors need rsync")
+
 DAY_S = 24 * 3600
 
 

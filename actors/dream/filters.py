@@ -36,12 +36,12 @@ def near_duplicate(text: str, others: Iterable[str]) -> str | None:
 
 def leak(text: str, instruction: str, asked: str = "") -> str | None:
     """A text that repeats or discusses the instruction, unless `asked` does, not follows it."""
-    said = OF_ANSWERING & {*_words(text)} & {*_words(instruction)} - {*_words(asked)}
-    if said:
-        return f"speaks of its instruction: {min(said)!r}"
     shared = _grams(text, LEAK_WORDS) & _grams(instruction, LEAK_WORDS)
     if shared:
         return f"repeats the instruction: {' '.join(min(shared))!r}"
+    said = OF_ANSWERING & {*_words(text)} & {*_words(instruction)} - {*_words(asked)}
+    if said:
+        return f"speaks of its instruction: {min(said)!r}"
     return None
 
 
