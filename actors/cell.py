@@ -247,7 +247,7 @@ class Cell:
             self._stages[-1] = Stage(name, round(time.monotonic() - begun, 1), True)
 
     async def _adopt(self) -> Any:
-        settings = self._settings
+        settings, threads = self._settings, self._settings.journal.threads
 
         @ray.remote(num_cpus=0, max_retries=0)
         def adopt_model(model: str, home: Path, dtype: str | None) -> Any:
@@ -257,10 +257,11 @@ class Cell:
 
             disk, name = RealDisk(home), model_name(model, home)
             if disk.is_directory(f"state/{name}/journal"):
-                open_journal(disk, name)  # First: it may have to mend what adoption would refuse.
+                # First: it may have to mend what adoption would refuse.
+                open_journal(disk, name, threads=threads)
             adopted = adopt(model, home, dtype, lambda note: None)
             disk.refuse_mount_point(f"models/{adopted.name}")
-            open_journal(disk, adopted.name)
+            open_journal(disk, adopted.name, threads=threads)
             return adopted
 
         dtype = settings.dtype

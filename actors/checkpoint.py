@@ -47,7 +47,8 @@ class Checkpointer(Returns):
         layout = WeightLayout.load(Path(self._paths.layout))
         self._tensors = Mapping(layout, is_writable=False).tensors()
         name = Path(self._paths.model_dir).name
-        self._journal = open_journal(RealDisk(self._settings.home), name).journal
+        disk, threads = RealDisk(self._settings.home), self._settings.journal.threads
+        self._journal = open_journal(disk, name, threads=threads).journal
         self._public = self._journal.public.generation
         self._is_swap_atomic = self._journal.slots.can_exchange()
         threading.Thread(target=self._keep, name="keeping", daemon=True).start()

@@ -124,7 +124,7 @@ class JournalSettings(_Group):
     max_age_s: float | None = Field(default=None, ge=0)
     """Age beyond which no generation is kept but the newest and the public one; None keeps them."""
     threads: int = Field(default=2, ge=1)
-    """Threads that copy the weights while the trainer waits."""
+    """Threads that copy the weights while the trainer waits, and that hash and encode them."""
 
 
 class Budgets(_Group):

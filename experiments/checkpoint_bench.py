@@ -52,6 +52,8 @@ from experiments.checkpoint_report import Case, draw, report
 
 NAME: Final = "bench"
 PIECE_BYTES: Final = 16 << 20
+THREADS: Final = 2
+"""Of the journal, as a cell has them by default."""
 BLOCK_BYTES: Final = 4096
 KINDS: Final[dict[str, tuple[torch.dtype, Rounding]]] = {
     "bf16": (torch.bfloat16, "stochastic"),
@@ -146,7 +148,7 @@ def make_folder(path: Path, before: State, after: State, module: torch.nn.Module
     held = manifest.Manifest(NAME, "", {"model.safetensors": len(old)}, created=0.0)
     (directory / manifest.FILE_NAME).write_bytes(manifest.encode(held))
     (path / "blocks").write_bytes(old.data)
-    return Folder(path, open_journal(RealDisk(path), NAME).journal, old, new)
+    return Folder(path, open_journal(RealDisk(path), NAME, threads=THREADS).journal, old, new)
 
 
 def seconds(run: Callable[..., object], *values: object, clock: Clock = time.perf_counter) -> float:

@@ -28,6 +28,7 @@ from apollo.weights.manifest import Manifest
 NAME: Final = "small"
 PUBLIC: Final = f"models/{NAME}"
 CHUNK_WORDS: Final = 24_000
+THREADS: Final = 2
 TENSORS: Final[dict[str, dict[str, tuple[type[np.floating[Any]], int]]]] = {
     "a.safetensors": {"embed": (np.float32, 300_001), "norm": (np.float32, 2_048)},
     "b.safetensors": {"layer.a": (np.float16, 500_000), "layer.b": (np.float16, 333_333)},
@@ -113,7 +114,7 @@ def is_same(one: State, other: State) -> bool:
 def work(disk: Disk, seed: int, first: int, num_ops: int, tell: Tell, fault: str) -> None:
     """Recover, then `num_ops` operations numbered from `first`; tell each one's begin and end."""
     tell("begin recovery 0 0")
-    recovered = open_journal(disk, NAME, chunk_words=CHUNK_WORDS)
+    recovered = open_journal(disk, NAME, chunk_words=CHUNK_WORDS, threads=THREADS)
     journal = recovered.journal
     if recovered.set_aside:
         raise Violation(f"a recovery set aside {', '.join(recovered.set_aside)}")

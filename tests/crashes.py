@@ -33,6 +33,8 @@ from tests.small_model import (
 
 FOLDER = f"state/{NAME}/journal"
 HIDDEN = f"models/.{NAME}."
+THREADS = 1
+"""Of the journal; with more it does the same to a disk."""
 FAR_S = 400 * DAY_S
 """So long after a life all of its generations count as old."""
 
@@ -50,7 +52,7 @@ class Story:
 
 
 def open_(disk: Disk) -> Journal:
-    return open_journal(disk, NAME, chunk_words=CHUNK_WORDS).journal
+    return open_journal(disk, NAME, chunk_words=CHUNK_WORDS, threads=THREADS).journal
 
 
 class Teller:

@@ -20,10 +20,13 @@ NUM_RANDOM_LIVES = 36
 PER_WINDOW = 450
 NUM_NESTED = 4
 WANTED_STATES = 100_000
+TWIN = "the rename is that of the twin, and the manifest itself was renamed before"
 COMMUTING = {
-    ("Sync chain.replace_file < slots._write", "Names chain.replace_file < slots._write"): (
+    ("Sync chain._put < chain.replace_file", "Names chain._put < chain.replace_file"): (
         "the directory is hidden, and is synced before it is swapped in"
     ),
+    ("Names chain._put < chain.write", "Sync chain.write < journal._set_durably"): TWIN,
+    ("Names chain._put < chain.write", "Sync chain.write < recovery.open_journal"): TWIN,
     ("Sync chain.replace_file < slots._write", "Names slots.swap < journal.publish"): (
         "without exchange, the first of the two renames only takes the old directory away"
     ),

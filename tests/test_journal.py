@@ -147,18 +147,23 @@ def test_a_damaged_tail_is_set_aside(disk: RealDisk, generation: int) -> None:
     assert opened(disk).published == generation
 
 
-def test_a_damaged_manifest_is_set_aside_for_the_one_before(disk: RealDisk) -> None:
-    states = taught(opened(disk).journal, 2)
-    newest = max(name for name in disk.names(FOLDER) if name.startswith("manifest"))
-    damage(disk, f"{FOLDER}/{newest}")
+@pytest.mark.parametrize("is_published", [True, False])
+@pytest.mark.parametrize("which", [-1, -2])
+def test_a_damaged_manifest_is_set_aside_and_its_twin_loses_nothing(
+    disk: RealDisk, which: int, is_published: bool
+) -> None:
+    journal = opened(disk).journal
+    states = taught(journal, 2)
+    if is_published:
+        journal.publish()
+    damaged = [name for name in disk.names(FOLDER) if name.startswith("manifest")][which]
+    damage(disk, f"{FOLDER}/{damaged}")
     again = opened(disk)
-    assert again.journal.newest.generation == 1
-    assert set(again.set_aside) == {
-        newest,
-        "00000001-00000002.rvj",
-        "optimizer-00000002.safetensors",
-    }
-    assert is_same(load_public(disk), states[1])
+    assert again.set_aside == ((damaged,) if which == -1 else ())
+    assert [each.kind for each in again.journal.chain.generations] == ["base", "commit", "commit"]
+    for generation, state in enumerate(states):
+        assert is_same(values(again.journal, generation), state)
+    assert again.journal.optimizer(again.journal.newest) == b"optimizer 2"
 
 
 def test_a_public_directory_newer_than_the_chain_is_kept(disk: RealDisk) -> None:

@@ -143,8 +143,8 @@ def test_after_thinning_there_is_nothing_to_say_and_progress_names_each_segment(
             id="an optimizer that is missing",
         ),
         pytest.param(
-            lambda: scrubbed((f"{FOLDER}/manifest-00000006.json", 100)),
-            [f"{FOLDER}/manifest-00000006.json"],
+            lambda: scrubbed((f"{FOLDER}/manifest-00000008.json", 100)),
+            [f"{FOLDER}/manifest-00000008.json"],
             [],
             [],
             id="a manifest",

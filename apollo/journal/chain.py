@@ -3,18 +3,20 @@
     manifest-00000007.json --names, with size and hash--> base-*.rvj, *-*.rvj, optimizer-*
 
 A manifest is written to a draft, synced and renamed, so it is whole or absent; it carries its own
-hash all the same. The newest whole one counts. The one before is kept beside it.
+hash all the same. The newest whole one counts. Each is written twice, under two numbers, so that
+a damaged one loses nothing.
 """
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Final, Literal, Self
 
 from blake3 import blake3
 
-from apollo.journal.disk import Disk
+from apollo.journal.disk import Disk, DiskFull
 
 FORMAT: Final = 1
 KEPT_MANIFESTS: Final = 2
@@ -173,13 +175,29 @@ def read_newest(disk: Disk, folder: str) -> tuple[Chain | None, list[str]]:
     return None, damaged
 
 
-def write(disk: Disk, folder: str, chain: Chain) -> None:
-    """Make `chain` the newest manifest; its files must be on disk. Durable when it returns."""
-    replace_file(disk, f"{folder}/{manifest_name(chain.sequence)}", chain.encode())
+def write(disk: Disk, folder: str, chain: Chain) -> Chain:
+    """Make `chain` the newest manifest, and its twin the one after it; the latter is returned.
+
+    Its files must be on disk. Durable when it returns. Raises DiskFull with nothing changed; where
+    there is room for one only, that one counts.
+    """
+    _put(disk, f"{folder}/{manifest_name(chain.sequence)}", chain.encode())
+    with suppress(DiskFull):
+        twin = chain.next(chain.generations)
+        _put(disk, f"{folder}/{manifest_name(twin.sequence)}", twin.encode())
+        chain = twin
+    disk.sync(folder)
+    return chain
 
 
 def replace_file(disk: Disk, path: str, data: bytes) -> None:
     """Put a small file in place, whole or not at all; durable when it returns."""
+    _put(disk, path, data)
+    disk.sync(path.rpartition("/")[0])
+
+
+def _put(disk: Disk, path: str, data: bytes) -> None:
+    """The same, but its name is not durable yet."""
     draft = f"{path}.draft"
     folder, _, name = draft.rpartition("/")
     if name in disk.names(folder):
@@ -188,4 +206,3 @@ def replace_file(disk: Disk, path: str, data: bytes) -> None:
     disk.write(draft, 0, data)
     disk.sync(draft)
     disk.rename(draft, path)
-    disk.sync(folder)

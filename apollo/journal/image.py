@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 import numpy as np
 from blake3 import blake3
 
+from apollo.journal.ahead import ahead
 from apollo.journal.codec import MAX_WORDS, Words
 from apollo.journal.disk import Disk
 
@@ -89,9 +90,13 @@ class Image:
             raise ImageError(f"{chunk.file} ends within {chunk.tensor}")
         return chunk.words(data)
 
-    def table(self, disk: Disk, directory: str) -> bytes:
+    def table(self, disk: Disk, directory: str, threads: int = 1) -> bytes:
         """The hashes of all chunks as `directory` holds them."""
-        return b"".join(digest(self.read(disk, directory, chunk)) for chunk in self.chunks)
+
+        def hash_of(chunk: Chunk) -> bytes:
+            return digest(self.read(disk, directory, chunk))
+
+        return b"".join(ahead(hash_of, self.chunks, threads))
 
 
 def digest(data: Words | bytes | memoryview) -> bytes:

@@ -16,6 +16,7 @@ from typing import Final
 
 from apollo.journal import chain as chains
 from apollo.journal import codec, segment
+from apollo.journal.ahead import ahead
 from apollo.journal.chain import Chain, Generation, StoredFile
 from apollo.journal.codec import Words
 from apollo.journal.disk import Disk, DiskFull
@@ -37,11 +38,20 @@ class UnknownGeneration(ValueError):
 class Journal:
     """An open journal; made by `recovery.open_journal`, which finds the state it starts from."""
 
-    def __init__(self, disk: Disk, folder: str, slots: Slots, chain: Chain, image: Image) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        folder: str,
+        slots: Slots,
+        chain: Chain,
+        image: Image,
+        threads: int = 1,
+    ) -> None:
         self.disk = disk
         self.folder = folder
         self.slots = slots
         self.image = image
+        self._threads = threads
         self._set(chain)
 
     @property
@@ -180,7 +190,7 @@ class Journal:
         if is_public and not is_forced:
             return newest
         public = [slot for slot in slots if slot.directory == self.slots.public]
-        is_enough = self._values.can_read(newest.generation, public)
+        is_enough = self._values.can_read(newest.generation, public, self._threads)
         hidden = self.slots.write(
             self.image,
             self._values.table(newest.generation),
@@ -194,6 +204,7 @@ class Journal:
             ),
             # What the public directory has lost is only in these.
             spared=() if is_enough else tuple(slot.directory for slot in slots),
+            threads=self._threads,
         )
         self.slots.swap(hidden)
         self.slots.remove_spare()
@@ -211,12 +222,8 @@ class Journal:
         return data if _has_hash(data, stored.hash) else None
 
     def replace_chain(self, generations: tuple[Generation, ...]) -> None:
-        """Write the next manifest, then remove the files that it does not name.
-
-        It is written twice, so that the manifest that is kept beside it needs none of them either.
-        """
-        for _ in range(chains.KEPT_MANIFESTS):
-            self._set_durably(self._chain.next(generations))
+        """Write the next manifest, then remove the files that it does not name."""
+        self._set_durably(self._chain.next(generations))
         self.remove_unnamed()
 
     def remove_unnamed(self) -> None:
@@ -229,8 +236,7 @@ class Journal:
                 self.disk.remove(f"{self.folder}/{name}")
 
     def _set_durably(self, chain: Chain) -> None:
-        chains.write(self.disk, self.folder, chain)
-        self._set(chain)
+        self._set(chains.write(self.disk, self.folder, chain))
 
     def _append(
         self,
@@ -250,12 +256,18 @@ class Journal:
             writer = SegmentWriter(self.disk, f"{self.folder}/{name}")
             after = bytearray(before)
             num_changed = 0
-            for at in range(len(self.image.chunks)):
-                place = slice(at * HASH_BYTES, (at + 1) * HASH_BYTES)
-                found = words_of(at, before[place])
+            places = [
+                slice(at * HASH_BYTES, (at + 1) * HASH_BYTES)
+                for at in range(len(self.image.chunks))
+            ]
+
+            def found_of(at: int) -> tuple[bytes, bytes] | None:
+                return words_of(at, before[places[at]])
+
+            for at, found in enumerate(ahead(found_of, range(len(places)), self._threads)):
                 if found is not None:
-                    after[place], delta = found
-                    writer.add(at, before[place], delta)
+                    after[places[at]], delta = found
+                    writer.add(at, before[places[at]], delta)
                     num_changed += 1
             made = replace(draft, root=root(bytes(after)), num_changed=num_changed)
             facts = {"generation": made.generation, "parent": made.parent, "root": made.root}

@@ -46,6 +46,7 @@ def open_journal(
     name: str,
     *,
     chunk_words: int = MAX_WORDS,
+    threads: int = 1,
     progress: Callable[[str], None] = lambda note: None,
 ) -> Recovered:
     """Open the journal of the model at models/`name`, or begin one.
@@ -68,25 +69,24 @@ def open_journal(
             disk.remove(f"{folder}/{each}")
         aside = _set_aside(disk, name, folder, set(disk.names(folder)))
         image = Image.of(disk, found[0].directory, chunk_words)
-        base = _write_base(disk, folder, found[0].directory, image, held)
-        chain = Chain(1, chunk_words, image.headers_hash, (base,))
-        chains.write(disk, folder, chain)
+        base = _write_base(disk, folder, found[0].directory, image, held, threads)
+        chain = chains.write(disk, folder, Chain(1, chunk_words, image.headers_hash, (base,)))
     else:
         image = _image_of(disk, found, chain)
-        journal, aside = Journal(disk, folder, slots, chain, image), ()
+        journal, aside = Journal(disk, folder, slots, chain, image, threads), ()
         good = _whole(journal, held.generation)
         if good is None:  # What leads to this generation is damaged, or lost: it is a new base.
-            base = _write_base(disk, folder, found[0].directory, image, held)
+            base = _write_base(disk, folder, found[0].directory, image, held, threads)
             good = (base, *_whole_after(journal, held.generation))
         if damaged or good != chain.generations:
             # First the manifest that does without them, under a number that no damaged one has.
-            sequence = max(chains.sequences(disk, folder)) + 1
-            before = chains.manifest_name(chain.sequence)
-            chain = replace(chain, sequence=sequence, generations=good)
-            chains.write(disk, folder, chain)
-            needed = {*chain.files(), chains.manifest_name(sequence), before}
+            numbers = chains.sequences(disk, folder)
+            chain = replace(chain, sequence=max(numbers) + 1, generations=good)
+            chain = chains.write(disk, folder, chain)
+            whole = {chains.manifest_name(number) for number in chains.sequences(disk, folder)}
+            needed = chain.files() | (whole - set(damaged))
             aside = _set_aside(disk, name, folder, set(disk.names(folder)) - needed)
-    journal = Journal(disk, folder, slots, chain, image)
+    journal = Journal(disk, folder, slots, chain, image, threads)
     journal.remove_unnamed()
     if journal.newest.generation == held.generation and _is_fit(disk, slots, chain):
         return Recovered(journal, aside)
@@ -160,10 +160,10 @@ def _whole_after(journal: Journal, generation: int) -> Iterator[Generation]:
 
 
 def _write_base(
-    disk: Disk, folder: str, directory: str, image: Image, held: Manifest
+    disk: Disk, folder: str, directory: str, image: Image, held: Manifest, threads: int
 ) -> Generation:
     """A generation that needs no other: what `directory` holds. Durable but for a manifest."""
-    table = image.table(disk, directory)
+    table = image.table(disk, directory, threads)
     if held.root and not _has_root(table, held.root):
         raise WeightsDamaged(
             f"{directory} does not hold the weights of generation {held.generation} any more, "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
+from apollo.journal.ahead import ahead
 from apollo.journal.chain import replace_file
 from apollo.journal.codec import Words
 from apollo.journal.disk import Disk, DiskError, DiskFull
@@ -96,6 +97,7 @@ class Slots:
         read: Callable[[int], Words],
         held: Manifest,
         spared: tuple[str, ...] = (),
+        threads: int = 1,
     ) -> str:
         """Write a hidden directory, none of `spared`, with the chunks that `read` gives.
 
@@ -104,7 +106,7 @@ class Slots:
         """
         hidden = self._empty_hidden(spared)
         try:
-            self._write(hidden, image, table, read, held)
+            self._write(hidden, image, table, read, held, threads)
         except DiskFull:
             self._empty(hidden)  # What is half written would keep the disk full for everybody.
             raise
@@ -117,26 +119,39 @@ class Slots:
         table: bytes,
         read: Callable[[int], Words],
         held: Manifest,
+        threads: int,
     ) -> None:
-        at = 0
         for name, header in image.headers.items():
             path = f"{hidden}/{name}"
             self._disk.create(path, image.sizes[name])
             self._disk.write(path, 0, header)
-            while at < len(image.chunks) and image.chunks[at].file == name:
-                self._disk.write(path, image.chunks[at].offset, read(at).data.cast("B"))
-                at += 1
-            self._disk.sync(path)
+            ours = [at for at, chunk in enumerate(image.chunks) if chunk.file == name]
+            for at, words in zip(ours, ahead(read, ours, threads), strict=True):
+                self._disk.write(path, image.chunks[at].offset, words.data.cast("B"))
+            self._settle(hidden, name, image, ours, table, threads)
         source = self.slots()[0].directory
         for name in self._other_files(source, image):
             self._copy(f"{source}/{name}", f"{hidden}/{name}")
-        for at, chunk in enumerate(image.chunks):
-            expected = table[at * HASH_BYTES : (at + 1) * HASH_BYTES]
-            if not _has_hash(image.read(self._disk, hidden, chunk), expected):
-                raise SlotDamaged(f"{chunk.tensor} does not read back as it was written")
         sizes = {name: self._disk.size(f"{hidden}/{name}") for name in self._disk.names(hidden)}
         whole = manifest.encode(replace(held, files=sizes))
         replace_file(self._disk, f"{hidden}/{manifest.FILE_NAME}", whole)
+
+    def _settle(
+        self, hidden: str, name: str, image: Image, ours: list[int], table: bytes, threads: int
+    ) -> None:
+        """Sync a weights file, and meanwhile read its chunks back and compare them."""
+
+        def settle(at: int | None) -> None:
+            if at is None:
+                self._disk.sync(f"{hidden}/{name}")
+                return
+            chunk = image.chunks[at]
+            expected = table[at * HASH_BYTES : (at + 1) * HASH_BYTES]
+            if not _has_hash(image.read(self._disk, hidden, chunk), expected):
+                raise SlotDamaged(f"{chunk.tensor} does not read back as it was written")
+
+        for _ in ahead(settle, [None, *ours], threads):
+            pass
 
     def swap(self, hidden: str) -> None:
         """Make `hidden` the public directory, and the public one hidden; durable."""

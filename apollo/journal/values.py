@@ -79,7 +79,7 @@ class Values:
             "restore from a mirror"
         )
 
-    def can_read(self, generation: int, slots: Iterable[Slot]) -> bool:
+    def can_read(self, generation: int, slots: Iterable[Slot], threads: int = 1) -> bool:
         """Whether every chunk of `generation` can be had from these slots: their chunks are whole.
 
         Reads and hashes all weights of the first slot.
@@ -88,7 +88,7 @@ class Values:
             if slot.generation not in self._at:
                 return False
             try:
-                table = self._image.table(self._disk, slot.directory)
+                table = self._image.table(self._disk, slot.directory, threads)
             except _UNREADABLE:
                 return False
             return table == self.table(slot.generation)
