@@ -115,6 +115,7 @@ class Keeper:
 
     def _thin(self) -> None:
         """Drop old generations, and those that nobody may return to; another time will do, too."""
+        from apollo.journal.disk import DiskFull
         from apollo.journal.retention import Retention, thin
 
         keep = self._settings.journal
@@ -124,7 +125,11 @@ class Keeper:
         except (RayError, ReverieError) as error:  # What was published is public all the same.
             log.warning("old generations stay until the next publication: %s", in_words(error))
             return
-        for reason in thin(self._journal, time.time(), ages, forgotten).damaged:
+        try:
+            damaged = thin(self._journal, time.time(), ages, forgotten).damaged
+        except DiskFull as error:
+            damaged = (str(error),)
+        for reason in damaged:
             log.warning("old generations stay as they are: %s", reason)
 
     def _with_forgotten(self) -> set[int]:

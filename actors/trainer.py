@@ -243,14 +243,18 @@ class Trainer(Desk):
             self._anchor = Anchor(self._learner.module, self._encoder.tokenizer, strength)
         state: EndState = job.ends_as
         error = job.error
+
+        def is_cancelled() -> bool:
+            return self._ledger.is_cancel_requested(job.job_id)
+
         try:
             for index in range(job.steps_done, job.end):
+                self._waiting.until_kept(is_cancelled)
                 if self._gives_way(job) or self._stopping.is_set():
                     return
-                if self._ledger.is_cancel_requested(job.job_id):
+                if is_cancelled():
                     state = "cancelled"
                     break
-                self._waiting.until_kept()
                 self._step(job, index, num_returns)
         except _Returned:
             return  # The ledger knows what became of the job.

@@ -42,10 +42,11 @@ class Waiting:
                 if self._stopping.wait(DISK_RETRY_S):
                     raise
 
-    def until_kept(self) -> None:
-        """Wait while nothing that is learned could be kept."""
-        while self.nothing_kept is not None and not self._stopping.is_set():
-            self._stopping.wait(REST_SLICE_S)
+    def until_kept(self, is_over: Callable[[], bool]) -> None:
+        """Wait while nothing that is learned could be kept; `is_over` ends it."""
+        while self.nothing_kept is not None and not is_over():
+            if self._stopping.wait(REST_SLICE_S):
+                return
 
     def until(self, may_go_on: Callable[[], bool]) -> None:
         """Wait for something that is looked at often."""

@@ -196,6 +196,20 @@ def test_a_full_disk_lets_the_trainer_wait_until_there_is_room(
     assert is_same(newest(made), made.trainer.state)
 
 
+def test_a_publication_counts_where_there_is_no_room_to_thin_what_is_old(
+    made: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise DiskFull("cannot write: no space left on device")
+
+    made.trainer.learn()
+    monkeypatch.setattr("apollo.journal.retention.thin", full)
+    commit(made)
+    assert made.actor.report().public_generation == 1 and made.actor.report().reason is None
+    assert is_same(load_public(made.disk), made.trainer.state)
+    assert "no space left" in caplog.text
+
+
 def test_a_failed_sync_ends_the_cell_and_what_was_durable_comes_back(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,30 @@ def test_a_full_disk_pauses_training_visibly_and_the_step_is_made_once(
     assert trainer._waiting.reason is None
 
 
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_a_job_that_waits_because_nothing_can_be_kept_makes_no_step_and_can_be_cancelled(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    waits: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        assert len(waits) < 5, "it does not end"
+        if len(waits) == 3 and is_cancelled:
+            (job,) = trainer._ledger.jobs(1)
+            trainer._ledger.cancel(job.job_id)
+        elif len(waits) == 3:
+            trainer._waiting.nothing_kept = None
+        return False
+
+    trainer._waiting.nothing_kept = "the disk is full"
+    monkeypatch.setattr(trainer._stopping, "wait", wait)
+    learner = ScriptedLearner()
+    view = run(trainer, learner, epochs=1, duty=1.0)
+    assert (view.status, view.steps) == (("cancelled", 0) if is_cancelled else ("done", 1))
+    assert len(learner.rates) == view.steps and len(waits) == 3
+
+
 def test_a_job_cancelled_before_its_turn_is_left_alone(trainer: Trainer) -> None:
     trainer._learner = ScriptedLearner()  # type: ignore[assignment]
     sample = TrainingSample("s", (1,), (2, 3), content_hash="h")
