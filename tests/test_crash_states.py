@@ -13,8 +13,29 @@ from multiprocessing import get_context
 
 import pytest
 
-from tests.crashes import Story, Violation, Workload, check, run_life, whole_lives
-from tests.model_disk import Crash, Mark, ModelDisk, Names, Operation, Sync, crashes
+from tests.crashes import (
+    FOLDER,
+    Story,
+    Violation,
+    Workload,
+    check,
+    first_disk,
+    open_,
+    recover,
+    run_life,
+    whole_lives,
+)
+from tests.model_disk import (
+    Crash,
+    Image,
+    Mark,
+    ModelDisk,
+    Names,
+    Operation,
+    Sync,
+    crashes,
+    whole_image,
+)
 
 NUM_RANDOM_LIVES = 36
 PER_WINDOW = 450
@@ -101,7 +122,18 @@ def first_violation(life: Workload, disk: ModelDisk, story: Story, per_window: i
     return None
 
 
-LIVES = whole_lives(2, 0)
+def begun_again() -> Workload:
+    """A journal that is begun where a beginning was cut short: its file lacks a piece."""
+    disk, story = first_disk(), Story()
+    open_(disk)
+    whole = whole_image(disk)
+    (base,) = [path for path in whole.files if "/base-" in path]
+    files = {path: data for path, data in whole.files.items() if not path.startswith(FOLDER)}
+    files[base] = whole.files[base][:8] + bytes(32) + whole.files[base][40:]  # Of its table.
+    return Workload("begun again", Image(files, whole.directories), story, recover)
+
+
+LIVES = [*whole_lives(2, 0), begun_again()]
 
 
 def sync_sites() -> list[str]:

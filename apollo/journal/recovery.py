@@ -175,6 +175,7 @@ def _write_base(
     writer = SegmentWriter(disk, f"{folder}/{name}")
     facts = {"generation": held.generation, "parent": None, "root": root(table)}
     size, seal = writer.finish(table, facts | {"version": held.weights_version})
+    disk.sync(folder)  # A manifest must not find one of this name that was cut short before.
     return Generation(
         held.generation,
         "base",
