@@ -30,11 +30,14 @@ from actors.posted import (
     TrainRequest,
 )
 from actors.settings import Settings
-from door.base import body_of
+from door.audit import listed
+from door.base import body_of, request_id
 from door.candidate_routes import CandidateRoutes
 from door.candidate_routes import router as candidate_router
+from door.docs_page import page as docs_page
 from door.dream_routes import DreamRoutes
 from door.dream_routes import router as dream_router
+from door.guard import KEY, Guard
 from door.metrics import render
 from door.views import as_json, generation_as_json, job_as_json, status_as_json
 
@@ -44,7 +47,13 @@ TERMINAL: Final = ("done", "failed", "cancelled")
 V1_PATH: Final = re.compile(r"(\w[\w.:-]*)(/\w[\w.:-]*)*", re.ASCII)
 """No empty, hidden or still quoted part, so that what is allowed is what vLLM's socket is asked."""
 
-app = FastAPI(title="Reverie", version="0.1.0", description=(__doc__ or "").split("\n")[0])
+app = FastAPI(
+    title="Reverie",
+    version="0.1.0",
+    description=(__doc__ or "").split("\n")[0],
+    docs_url=None,  # Those fetch scripts from elsewhere; /docs is ours.
+    redoc_url=None,
+)
 app.include_router(dream_router)
 app.include_router(candidate_router)
 
@@ -60,14 +69,12 @@ def error_response(error: ReverieError, request: Request) -> JSONResponse:
         "type": error.kind,
         "message": str(error),
         "param": error.param,
-        "request_id": _request_id(request),
+        "request_id": request_id(request),
     }
     return JSONResponse({"error": body}, error.status, headers)
 
 
-def _request_id(request: Request) -> str:
-    """The id that Serve gave the request, or took from the client, and also sends as a header."""
-    return request.headers.get("x-request-id", "")[:MAX_ID_CHARS]
+app.add_middleware(Guard, refuse=error_response)
 
 
 @app.exception_handler(ReverieError)
@@ -147,7 +154,12 @@ class Ingress(DreamRoutes, CandidateRoutes):
                 raise InvalidRequest(
                     f"samples: {len(posted.samples)} at once, the limit is {limit}; post more jobs"
                 ).about("samples")
-            return JSONResponse(as_json(await self._ask("trainer", "submit", posted)), 202)
+            num, ids = len(posted.samples), [each.id for each in posted.samples if each.id]
+            with self._meter.samples(request.scope[KEY], num):
+                async with self._act(request, "train", samples=num, ids=listed(ids)) as noted:
+                    made = await self._ask("trainer", "submit", posted)
+                    noted.update(status=202, job_id=made.job_id, duplicates=len(made.duplicates))
+            return JSONResponse(as_json(made), 202)
 
     @app.get("/train/jobs")
     async def jobs(self, request: Request) -> JSONResponse:
@@ -166,7 +178,10 @@ class Ingress(DreamRoutes, CandidateRoutes):
     async def cancel(self, job_id: str, request: Request) -> JSONResponse:
         """Cancel a job that is queued or training."""
         self._allow(request, "teach")
-        return JSONResponse(job_as_json(await self._ask("trainer", "cancel", job_id)))
+        async with self._act(request, "cancel", id=job_id[:MAX_ID_CHARS]) as noted:
+            view = await self._ask("trainer", "cancel", job_id)
+            noted["status"] = 200
+        return JSONResponse(job_as_json(view))
 
     @app.get("/train/jobs/{job_id}/events")
     async def events(self, job_id: str, request: Request) -> StreamingResponse:
@@ -198,7 +213,9 @@ class Ingress(DreamRoutes, CandidateRoutes):
         with self._slots.one():
             posted = await self._body(request, CheckpointRequest)
             limit = self._settings.cell.checkpoint_timeout_s
-            made = await self._ask("checkpoint", "commit", posted, timeout_s=limit)
+            async with self._act(request, "checkpoint", publish=posted.publish) as noted:
+                made = await self._ask("checkpoint", "commit", posted, timeout_s=limit)
+                noted.update(status=200, generation=made.generation)
             return JSONResponse(as_json(made))
 
     @app.get("/checkpoints")
@@ -232,7 +249,9 @@ class Ingress(DreamRoutes, CandidateRoutes):
         with self._slots.one():
             posted = await self._body(request, RollbackRequest)
             limit = self._settings.cell.checkpoint_timeout_s
-            made = await self._ask("checkpoint", "roll_back", posted, timeout_s=limit)
+            async with self._act(request, "rollback", returns_to=posted.generation) as noted:
+                made = await self._ask("checkpoint", "roll_back", posted, timeout_s=limit)
+                noted.update(status=200, generation=made.generation)
             return JSONResponse(as_json(made))
 
     @app.post("/forget", openapi_extra=body_of(ForgetRequest))
@@ -241,10 +260,17 @@ class Ingress(DreamRoutes, CandidateRoutes):
         with self._slots.one():
             posted = await self._body(request, ForgetRequest)
             limit = self._settings.cell.checkpoint_timeout_s
-            done = await self._ask("checkpoint", "forget", posted, timeout_s=limit)
+            async with self._act(request, "forget", id=posted.item) as noted:
+                done = await self._ask("checkpoint", "forget", posted, timeout_s=limit)
+                noted.update(status=200, generation=done.generation)
             return JSONResponse(as_json(done))
 
     # Looking in.
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(self, request: Request) -> Response:
+        """All routes and their bodies, as one page."""
+        return docs_page(request.app.openapi())
 
     @app.get("/healthz")
     async def healthz(self) -> PlainTextResponse:

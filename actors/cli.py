@@ -18,6 +18,7 @@ import typer
 
 from actors.client import COMMANDS, Port
 from actors.errors import ReverieError, SettingsError
+from actors.local_ray import join_here, start_here
 from actors.settings import DEFAULT_MODEL, MIB, Settings, default_home
 
 POLL_INTERVAL_S: Final = 0.25
@@ -114,6 +115,7 @@ def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> 
     clock.say("starting Ray")
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    (start_here if ray_address == "local" else join_here)()
     # The `python` of a submitted job is then this one, which has what the experiments import.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     import ray
@@ -276,25 +278,58 @@ def restore(
     )
 
 
+Limit = Annotated[int | None, typer.Option(help="Most of them; without limit if left out.")]
+
+
 @keys_cli.command("add")
 def keys_add(
     scope: Annotated[str, typer.Option(help="use (ask the model) or teach (also change it).")],
+    requests_per_minute: Limit = None,
+    ongoing: Limit = None,
+    tokens_per_day: Limit = None,
+    samples_per_day: Limit = None,
+    expires_in_days: Annotated[float | None, typer.Option(help="Never if left out.")] = None,
 ) -> None:
     """Make a key and print it: the only time it can be seen."""
-    from door.keys import KeyStore
+    from door.keys import DAY_S, KeyStore, quotas_from
 
     if scope not in ("use", "teach"):
         raise SettingsError(f"scope={scope!r}: choose use or teach")
-    print(KeyStore(default_home()).add("teach" if scope == "teach" else "use"))
+    quotas = quotas_from(
+        requests_per_minute=requests_per_minute,
+        ongoing=ongoing,
+        tokens_per_day=tokens_per_day,
+        samples_per_day=samples_per_day,
+    )
+    expires_in_s = None if expires_in_days is None else expires_in_days * DAY_S
+    store = KeyStore(default_home())
+    print(store.add("teach" if scope == "teach" else "use", quotas, expires_in_s))
 
 
 @keys_cli.command("list")
 def keys_list() -> None:
-    """Ids and scopes; the keys themselves are stored as hashes."""
+    """Ids, scopes and quotas; the keys themselves are stored as hashes."""
     from door.keys import KeyStore
 
     for record in KeyStore(default_home()).records():
-        print(f"{record['id']}  {record['scope']}")
+        limits = "".join(f"  {name}={num}" for name, num in record.get("quotas", {}).items())
+        print(f"{record['id']}  {record['scope']}{limits}")
+
+
+@keys_cli.command("rotate")
+def keys_rotate(
+    key_id: Annotated[str, typer.Argument(help="An id from 'reverie keys list'.")],
+    overlap_hours: Annotated[
+        float, typer.Option(help="So long the old key is taken, too; 0 ends it at once.")
+    ] = 24,
+) -> None:
+    """Make a new key for an id and print it; a running server takes it from its next request on."""
+    from door.keys import KeyStore
+
+    made = KeyStore(default_home()).rotate(key_id, overlap_hours * 3600)
+    if made is None:
+        raise SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'")
+    print(made)
 
 
 @keys_cli.command("remove")

@@ -1,9 +1,10 @@
 """The one tree of exceptions: each maps to one HTTP status and survives pickling.
 
 Ray rebuilds an exception from its `args`, so every constructor takes exactly one message.
-What a message is about (`param`) is an attribute, set by `about`, and travels in `__dict__`.
+What a message is about (`param`, `retry_after_s`) are attributes, which travel in `__dict__`.
 """
 
+from math import ceil
 from typing import ClassVar, Self
 
 
@@ -12,7 +13,7 @@ class ReverieError(Exception):
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
     param: str | None = None
 
     def __init__(self, message: str) -> None:
@@ -21,6 +22,11 @@ class ReverieError(Exception):
     def about(self, param: str) -> Self:
         """Name the request key, or the setting, that is at fault."""
         self.param = param
+        return self
+
+    def again_in(self, seconds: float) -> Self:
+        """Say when the same request can succeed, where that is known."""
+        self.retry_after_s = max(1, ceil(seconds))
         return self
 
 
@@ -46,7 +52,7 @@ class NotAuthenticated(ReverieError):
 
 
 class NotPermitted(ReverieError):
-    """A known key without the scope that the route needs."""
+    """A known key without the scope that the route needs, or a page of another origin."""
 
     status = 403
     kind = "permission_error"
@@ -57,6 +63,13 @@ class NotFound(ReverieError):
 
     status = 404
     kind = "not_found_error"
+
+
+class TooSlow(ReverieError):
+    """A body did not arrive within its time."""
+
+    status = 408
+    kind = "invalid_request_error"
 
 
 class Conflict(ReverieError):
@@ -81,12 +94,26 @@ class TooBusy(ReverieError):
     retry_after_s = 5
 
 
+class OverQuota(ReverieError):
+    """A key has used up what it may; `param` names the quota, and it is said when there is more."""
+
+    status = 429
+    kind = "rate_limit_error"
+    retry_after_s = 60
+
+
 class Unavailable(ReverieError):
     """The cell is starting, stopping or recovering."""
 
     status = 503
     kind = "service_unavailable_error"
     retry_after_s = 5
+
+
+class Unrecorded(Unavailable):
+    """An act cannot be noted in the audit file, and so it was not done."""
+
+    retry_after_s = 60
 
 
 class SettingsError(ReverieError):

@@ -234,6 +234,8 @@ class LimitSettings(_Group):
     """Most requests inside the ingress at once; further ones get 429."""
     request_timeout_s: float = Field(default=600, gt=0)
     """Longest time for one request, streaming included."""
+    body_timeout_s: float = Field(default=30, gt=0)
+    """Longest time in which a request's body must have arrived; a body that drips gets 408."""
     control_timeout_s: float = Field(default=60, gt=0)
     """Longest wait for the answer to a control route (a checkpoint has its own limit)."""
 

@@ -8,6 +8,9 @@ Knows HTTP; which routes there are is the business of those that build on it.
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import ray
@@ -21,18 +24,28 @@ from actors.dream.exchange import Exchange
 from actors.ending import NAMESPACE
 from actors.errors import NotPermitted, ReverieError, Unavailable
 from actors.messages import CellReport
+from actors.posted import MAX_ID_CHARS
 from actors.settings import Settings
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
+from door.audit import NO_KEY, Audit
 from door.exchanges import ExchangeLog
+from door.guard import KEY, LEAVING
 from door.keys import KeyStore, Scope, require_loopback
 from door.limits import Slots, parse, read_body, require_json
 from door.proxy import EngineProxy
+from door.quotas import Meter
 
 POLL_INTERVAL_S: Final = 0.5
 POLL_TIMEOUT_S: Final = 5
 
+Acting = AbstractAsyncContextManager[dict[str, Any]]
 T = TypeVar("T")
+
+
+def request_id(request: Request) -> str:
+    """The id that Serve gave the request, or took from the client, and also sends as a header."""
+    return request.headers.get("x-request-id", "")[:MAX_ID_CHARS]
 
 
 def body_of(model: Any) -> dict[str, Any]:
@@ -115,9 +128,34 @@ class Door:
         except TimeoutError:
             raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
 
+    @cached_property
+    def _meter(self) -> Meter:
+        return Meter(self._settings.home)
+
+    @cached_property
+    def _audit(self) -> Audit:
+        return Audit()
+
     def _allow(self, request: Request, scope: Scope) -> None:
-        if self._keys.check(request.headers.get("authorization"), scope) is None:
+        record = self._keys.find(request.headers.get("authorization"), scope)
+        if record is None:
             require_loopback(request)
+        elif KEY not in request.scope:  # A stream asks again whether it may go on.
+            leave = self._meter.enter(record)
+            request.scope.setdefault(LEAVING, []).append(leave)
+        request.scope[KEY] = record
+
+    def _act(self, request: Request, act: str, **asked: Any) -> Acting:
+        """What notes an act of somebody who was let in; to be done within it."""
+        report = self._ready()
+        assert report.paths is not None
+        record = request.scope[KEY]
+        who = {
+            "request": request_id(request),
+            "key": NO_KEY if record is None else str(record["id"]),
+            "route": f"{request.method} {request.scope['route'].path}",
+        }
+        return self._audit.act(Path(report.paths.ledger).parent, who, act, **asked)
 
     def _may_teach(self, request: Request) -> bool:
         try:
@@ -135,12 +173,13 @@ class Door:
         leave = self._slots.give
         is_passed = False
         try:
-            body = await read_body(request, self._settings.limits.max_body_bytes)
+            body = await self._read(request)
             hearing = self._log.hear(request, body, self._may_teach)
             self._ready()
             assert self._engine is not None and self._traffic is not None
             leave = self._enter(self._traffic)
-            response = await self._engine.forward(request, body, leave, hearing)
+            tally = self._meter.tally(request.scope[KEY], body)
+            response = await self._engine.forward(request, body, leave, hearing, tally)
             is_passed = True
             return response
         finally:
@@ -164,4 +203,8 @@ class Door:
         """The JSON that somebody who may teach has posted, not read yet."""
         self._allow(request, "teach")
         require_json(request)
-        return await read_body(request, self._settings.limits.max_body_bytes)
+        return await self._read(request)
+
+    async def _read(self, request: Request) -> bytes:
+        limits = self._settings.limits
+        return await read_body(request, limits.max_body_bytes, limits.body_timeout_s)

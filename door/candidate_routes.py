@@ -8,8 +8,9 @@ from fastapi.responses import JSONResponse
 
 from actors.dream.logged import CandidateState
 from actors.errors import InvalidRequest
-from actors.posted import DecisionRequest
+from actors.posted import MAX_ID_CHARS, DecisionRequest
 from door.base import Door, body_of
+from door.guard import KEY
 
 MAX_LISTED: Final = 100
 STATES: Final = get_args(CandidateState)
@@ -38,7 +39,10 @@ class CandidateRoutes(Door):
     async def delete_conversation(self, conversation_id: str, request: Request) -> JSONResponse:
         """Delete its text and its candidates; names the generations that learned from it."""
         self._allow(request, "teach")
-        done = await self._ask("dream", "delete_conversation", conversation_id)
+        asked = conversation_id[:MAX_ID_CHARS]
+        async with self._act(request, "delete conversation", id=asked) as made:
+            done = await self._ask("dream", "delete_conversation", conversation_id)
+            made["status"] = 200
         return JSONResponse(asdict(done))
 
     @router.get("/candidates")
@@ -63,5 +67,10 @@ class CandidateRoutes(Door):
         """Approve a candidate, which is then learned once, or reject it."""
         with self._slots.one():
             posted = await self._body(request, DecisionRequest)
-            made = await self._ask("dream", "decide", candidate_id, posted)
+            asked = {"id": candidate_id[:MAX_ID_CHARS], "decision": posted.decision}
+            num = int(posted.decision == "approve")
+            with self._meter.samples(request.scope[KEY], num):
+                async with self._act(request, "decide candidate", **asked) as noted:
+                    made = await self._ask("dream", "decide", candidate_id, posted)
+                    noted.update(status=200, job_id=made.job_id)
             return JSONResponse(asdict(made))

@@ -13,13 +13,15 @@ from actors.dream.curriculum import Progress
 from actors.dream.records import Item
 from actors.dream.report import page
 from actors.errors import InvalidRequest
-from actors.posted import DreamRequest, MemoriesRequest, ScoreRequest
+from actors.posted import MAX_ID_CHARS, DreamRequest, MemoriesRequest, ScoreRequest
+from door.audit import listed
 from door.base import Door, body_of
 from door.limits import parse, parse_json
 
 MAX_LISTED: Final = 100
 PAGE_HEADERS: Final = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -54,14 +56,18 @@ class DreamRoutes(Door):
                     f"name: {posted['name']!r} in the body and {name!r} in the path; leave one out"
                 ).about("name")
             behaviour = parse(Behaviour, json.dumps(posted).encode())
-            made = await self._ask("dream", "put_behaviour", behaviour)
+            async with self._act(request, "put behaviour", id=name) as noted:
+                made = await self._ask("dream", "put_behaviour", behaviour)
+                noted["status"] = 200
             return JSONResponse(_behaviour_as_json(*made))
 
     @router.delete("/behaviours/{name}", status_code=204)
     async def delete_behaviour(self, name: str, request: Request) -> Response:
         """Forget a behaviour; what was learned of it stays learned."""
         self._allow(request, "teach")
-        await self._ask("dream", "delete_behaviour", name)
+        async with self._act(request, "delete behaviour", id=name[:MAX_ID_CHARS]) as noted:
+            await self._ask("dream", "delete_behaviour", name)
+            noted["status"] = 204
         return Response(status_code=204)
 
     @router.get("/memories")
@@ -76,14 +82,20 @@ class DreamRoutes(Door):
         """Keep texts that scenarios may be made from; durable when this answers."""
         with self._slots.one():
             posted = await self._body(request, MemoriesRequest)
-            made = await self._ask("dream", "add_memories", posted)
+            ids = [each.id for each in posted.memories if each.id is not None]
+            asked = {"memories": len(posted.memories), "ids": listed(ids)}
+            async with self._act(request, "add memories", **asked) as noted:
+                made = await self._ask("dream", "add_memories", posted)
+                noted.update(status=201, ids=listed([each.id for each in made]))
             return JSONResponse({"data": [asdict(each) for each in made]}, 201)
 
     @router.delete("/memories/{memory_id}", status_code=204)
     async def delete_memory(self, memory_id: str, request: Request) -> Response:
         """Forget a memory; no further scenario is made from it."""
         self._allow(request, "teach")
-        await self._ask("dream", "delete_memory", memory_id)
+        async with self._act(request, "delete memory", id=memory_id[:MAX_ID_CHARS]) as noted:
+            await self._ask("dream", "delete_memory", memory_id)
+            noted["status"] = 204
         return Response(status_code=204)
 
     @router.post("/dream", status_code=202, openapi_extra=body_of(DreamRequest))
@@ -91,13 +103,20 @@ class DreamRoutes(Door):
         """Dream so many rounds, as soon as nobody needs the machine; queued when this answers."""
         with self._slots.one():
             posted = await self._body(request, DreamRequest)
-            return JSONResponse(asdict(await self._ask("dream", "dream", posted)), 202)
+            asked = {"rounds": posted.rounds, "behaviour": (posted.behaviour or "")[:MAX_ID_CHARS]}
+            async with self._act(request, "dream", **asked) as noted:
+                made = await self._ask("dream", "dream", posted)
+                noted["status"] = 202
+            return JSONResponse(asdict(made), 202)
 
     @router.delete("/dream")
     async def stop_dreaming(self, request: Request) -> JSONResponse:
         """Forget the rounds that were asked for, and take back the one that runs."""
         self._allow(request, "teach")
-        return JSONResponse(asdict(await self._ask("dream", "stop_dreaming")))
+        async with self._act(request, "stop dreaming") as noted:
+            made = await self._ask("dream", "stop_dreaming")
+            noted["status"] = 200
+        return JSONResponse(asdict(made))
 
     @router.get("/dream/rounds")
     async def rounds(self, request: Request) -> JSONResponse:

@@ -1,14 +1,15 @@
 """What a request may cost before anybody acts on it: its size, and how many there are at once."""
 
+import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from actors.errors import InvalidRequest, MalformedRequest, TooBusy, TooLarge
+from actors.errors import InvalidRequest, MalformedRequest, TooBusy, TooLarge, TooSlow
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -56,18 +57,29 @@ class Slots:
         self.taken -= 1
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; raises TooLarge as soon as it is known to be over `limit` bytes."""
+async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+    """The whole body; raises TooLarge as soon as it is known to be over `limit` bytes.
+
+    Raises TooSlow for a body that has not arrived within its time.
+    """
     too_large = TooLarge(f"the body is over the limit of {limit} bytes; send less at once")
     declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise TooSlow(
+            f"the body did not arrive within {timeout_s:g} s; send it faster, or in smaller pieces"
+        ) from None
+    except ClientDisconnect:
+        raise MalformedRequest("the body was cut off") from None  # Nobody reads that.
     return b"".join(parts)
 
 

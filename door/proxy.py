@@ -18,20 +18,21 @@ from starlette.types import Receive, Scope, Send
 from actors.errors import Unavailable
 from actors.versions import VersionCounter
 from door.exchanges import Hearing
+from door.quotas import Tally
 
 VERSION_HEADER: Final = "x-weights-version"
 LAST_VERSION_HEADER: Final = "x-weights-version-last"
 CONNECT_TIMEOUT_S: Final = 5
 _LAST_EVENT: Final = b"data: [DONE]\n\n"
 _KEPT_REQUEST_HEADERS: Final = ("content-type", "accept", "x-request-id", "x-session-id")
-_KEPT_RESPONSE_HEADERS: Final = ("content-type", "x-request-id", "cache-control")
+_KEPT_RESPONSE_HEADERS: Final = ("content-type", "x-request-id")
 
 
 class EngineProxy:
     """A client of one boot's engine; made anew when the cell restarts."""
 
     def __init__(self, socket: str, versions: VersionCounter, timeout_s: float) -> None:
-        self._versions = versions
+        self._versions, self._timeout_s = versions, timeout_s
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(socket, limit=0),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
@@ -48,14 +49,15 @@ class EngineProxy:
         body: bytes,
         done: Callable[[], None],
         hearing: Hearing | None = None,
+        tally: Tally | None = None,
     ) -> Response:
         """vLLM's answer, with the oldest and the newest version of what it may have read.
 
         The same number twice names one whole version; two numbers, a mixture of those between.
 
         `done` is called once, when the last byte has been sent or the client has gone; `hearing`
-        is given the bytes of an answer that comes to its end. Raises Unavailable if the engine is
-        gone before it answered anything.
+        is given the bytes of an answer that comes to its end, and `tally` those of every answer.
+        Raises Unavailable if the engine is gone before it answered anything.
         """
         first = self._versions.weights_version
         answer: aiohttp.ClientResponse | None = None
@@ -88,12 +90,17 @@ class EngineProxy:
         headers = _kept(answer.headers, _KEPT_RESPONSE_HEADERS)
         headers[VERSION_HEADER] = str(first)
         if answer.status != 200:
-            hearing = None
+            hearing = tally = None
         if is_stream:
-            return _Stream(answer, chunk, headers, self._versions, done, hearing)
+            return _Stream(
+                answer, chunk, headers, self._versions, done, hearing, tally, self._timeout_s
+            )
         last = self._versions.newest_version
         headers[LAST_VERSION_HEADER] = str(last)
         response = Response(chunk, answer.status, headers)
+        if tally is not None:
+            tally.take(chunk)
+            tally.end(False)
         if hearing is not None:
             hearing.take(chunk)
             hearing.end(False, first, last)
@@ -125,11 +132,13 @@ class _Stream(Response):
         versions: VersionCounter,
         done: Callable[[], None],
         hearing: Hearing | None,
+        tally: Tally | None,
+        timeout_s: float,
     ) -> None:
         super().__init__(None, answer.status, headers)
         del self.headers["content-length"]
         self._answer, self._chunk, self._versions, self._done = answer, chunk, versions, done
-        self._hearing = hearing
+        self._hearing, self._tally, self._timeout_s = hearing, tally, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_disconnected(receive))
@@ -145,20 +154,26 @@ class _Stream(Response):
                 }
             )
             chunk = self._chunk
-            while chunk and not gone.done():
-                if self._hearing is not None:
-                    self._hearing.take(chunk)
-                is_whole = chunk.endswith(_LAST_EVENT)  # Many clients hang up on it.
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                chunk = await self._answer.content.readany()
-            is_whole = is_whole or not chunk
-            last = self._versions.newest_version
-            comment = f": weights_version first={first} last={last}\n\n".encode()
-            await send({"type": "http.response.body", "body": comment})
+            # A client that reads too slowly is cut off, as an engine that writes too slowly is.
+            async with asyncio.timeout(self._timeout_s):
+                while chunk and not gone.done():
+                    if self._hearing is not None:
+                        self._hearing.take(chunk)
+                    if self._tally is not None:
+                        self._tally.take(chunk)
+                    is_whole = chunk.endswith(_LAST_EVENT)  # Many clients hang up on it.
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    chunk = await self._answer.content.readany()
+                is_whole = is_whole or not chunk
+                last = self._versions.newest_version
+                comment = f": weights_version first={first} last={last}\n\n".encode()
+                await send({"type": "http.response.body", "body": comment})
         except aiohttp.ClientError:
             if not gone.done():
                 raise
         finally:
+            if self._tally is not None:
+                self._tally.end(True)
             if self._hearing is not None and is_whole:
                 self._hearing.end(True, int(first), self._versions.newest_version)
             gone.cancel()

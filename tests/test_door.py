@@ -157,20 +157,20 @@ def request_of(
 
 
 async def test_body_up_to_the_limit_is_read_whole() -> None:
-    assert await read_body(request_of(b"12345", b"", b"67890"), 10) == b"1234567890"
-    assert await read_body(request_of(b""), 10) == b""
+    assert await read_body(request_of(b"12345", b"", b"67890"), 10, 10) == b"1234567890"
+    assert await read_body(request_of(b""), 10, 10) == b""
 
 
 async def test_declared_size_is_refused_before_anything_is_read() -> None:
     with pytest.raises(TooLarge, match="limit of 10 bytes"):
-        await read_body(request_of(content_length="11"), 10)  # nothing ever arrives
+        await read_body(request_of(content_length="11"), 10, 10)  # nothing ever arrives
 
 
 async def test_streamed_size_is_refused_at_the_first_byte_too_many() -> None:
     for headers in ({}, {"content_length": "5"}, {"content_length": "many"}):
         endless = request_of(b"12345", b"678901", *[b"never read"] * 3, **headers)
         with pytest.raises(TooLarge, match="limit of 10 bytes"):
-            await read_body(endless, 10)
+            await read_body(endless, 10, 10)
         assert (await endless.receive())["body"] == b"never read"
 
 
@@ -396,7 +396,7 @@ class Client:
 
 async def exchange(proxy: EngineProxy, request: Request, done: Done) -> Client:
     client = Client()
-    response = await proxy.forward(request, await read_body(request, 10**6), done)
+    response = await proxy.forward(request, await read_body(request, 10**6, 10), done)
     await response(request.scope, client.receive, client.send)
     return client
 
