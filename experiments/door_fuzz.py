@@ -40,7 +40,7 @@ def ask_running(url: str, cases: int, key: str | None, start: int) -> fuzz.Tally
             content = request.read()
             return http.request(request.method, target, headers=headers, content=content)
 
-        return fuzz.run(document, send, cases, keys=(key,), start=start)
+        return fuzz.run(document, send, cases, keys=(key,), start=start, tell=show)
 
 
 def ask_in_process(cases: int, start: int) -> fuzz.Tally:
@@ -52,7 +52,15 @@ def ask_in_process(cases: int, start: int) -> fuzz.Tally:
         known = fuzz.furnish(door, send)
         keys = [*[door._keys.add("teach")] * 6, door._keys.add("use"), None, "wrong"]
         document = serve_app.app.openapi()
-        return fuzz.run(document, send, cases, keys=keys, known=known, secrets=[place], start=start)
+        secrets = [place]
+        return fuzz.run(
+            document, send, cases, keys=keys, known=known, secrets=secrets, start=start, tell=show
+        )
+
+
+def show(tally: fuzz.Tally) -> None:
+    """How far it is."""
+    print(f"{tally.sent} sent, {len(tally.faults)} faults", end="\r", file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -86,10 +86,12 @@ def run(
     known: Sequence[str] = (),
     secrets: Sequence[str] = (),
     start: int = 0,
+    tell: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
     """Send about so many cases, evenly over routes and over right and wrong ones.
 
-    Half of all path parameters are one of the `known` ids; a key of `keys` is drawn for each.
+    `tell` is called after those of each route and kind. Half of all path parameters are one of the
+    `known` ids; a key of `keys` is drawn for each.
     """
     schema = schemathesis.openapi.from_dict(document)
     operations = [each.ok() for each in schema.get_all_operations()]
@@ -122,6 +124,7 @@ def run(
             except Exception as error:
                 if type(error).__name__ not in ("Unsatisfiable", "SkipTest"):
                     raise  # A route that takes nothing has no wrong cases.
+            tell(tally)
     return tally
 
 
