@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import httpx
 from aiohttp import web
@@ -23,7 +24,6 @@ from ray import serve
 import serve_app
 from actors.desk import Desk
 from actors.dream.actor import Dreamer
-from actors.dream.logged import Conversation
 from actors.dream.signal import Signal
 from actors.dream.store import DreamStore
 from actors.encoding import Encoder
@@ -91,7 +91,7 @@ class OpenDesk(Desk):
 class MadeUpJournal:
     """Three generations of nothing."""
 
-    desk: OpenDesk
+    desk: Any  # An OpenDesk, whose methods mypy takes for remote ones.
     kept: list[GenerationView] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -141,17 +141,19 @@ class MadeUpJournal:
 class DirectCell:
     """What the dream loop asks of the cell."""
 
-    def __init__(self, desk: OpenDesk, journal: MadeUpJournal) -> None:
+    def __init__(self, desk: Any, journal: MadeUpJournal) -> None:
         self._desk, self._journal = desk, journal
 
     def weights_version(self) -> int:
         return 0
 
     async def train(self, round_id: None, samples: Sequence[Any], config: Any) -> str:
-        return self._desk.submit(TrainRequest(samples=list(samples), config=config)).job_id
+        posted = TrainRequest(samples=list(samples), config=config)
+        return str(self._desk.submit(posted).job_id)
 
     async def job(self, job_id: str) -> JobView:
-        return self._desk.job(job_id)
+        view: JobView = self._desk.job(job_id)
+        return view
 
     async def cancel(self, job_id: str) -> None:
         self._desk.cancel(job_id)
@@ -208,7 +210,7 @@ class OpenDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         self.ledger = Ledger(paths.ledger)
         self._desk = OpenDesk(settings, self.ledger, self._versions)
         self.journal = MadeUpJournal(self._desk)
-        self.dreamer = OpenDreamer(settings, paths, DirectCell(self._desk, self.journal))
+        self.dreamer: Any = OpenDreamer(settings, paths, DirectCell(self._desk, self.journal))
         self._boot = 1
         self._engine = EngineProxy(paths.socket, self._versions, settings.limits.request_timeout_s)
         self._report = CellReport(
@@ -225,10 +227,6 @@ class OpenDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         made = getattr(actor[role], method)(*arguments)
         return await made if asyncio.iscoroutine(made) else made
 
-    @property
-    def conversations_kept(self) -> list[Conversation]:
-        return self.dreamer._store.conversations(100)
-
     async def close(self) -> None:
         await self._engine.close()
         self.ledger.close()
@@ -238,12 +236,9 @@ class OpenDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
 @contextmanager
 def standing_in(door: OpenDoor) -> Iterator[None]:
     """Have the application's routes answered by this door."""
-    found = serve.get_replica_context
-    serve.get_replica_context = lambda: SimpleNamespace(servable_object=door)
-    try:
+    with patch.object(serve, "get_replica_context") as context:
+        context.return_value = SimpleNamespace(servable_object=door)
         yield
-    finally:
-        serve.get_replica_context = found
 
 
 @asynccontextmanager
