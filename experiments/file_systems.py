@@ -1,6 +1,6 @@
 """Power cuts, kills and a full disk on ext4, xfs and btrfs: the journal on what people really have.
 
-    .venv/bin/python -m experiments.file_systems --json file_systems.json     # as root, 15 minutes
+    .venv/bin/python -m experiments.file_systems --json file_systems.json     # as root, 20 minutes
     .venv/bin/python -m experiments.file_systems --on ext4 --cuts 1000
 
     child     open the journal, then commit, publish, roll back ... --begin, done--> pipe
