@@ -39,6 +39,7 @@ from actors.traffic import Traffic
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
 from apollo.weights.adopt import model_name
+from apollo.weights.manifest import make_directory
 
 PLACEMENT_TIMEOUT_S: Final = 60
 START_TIMEOUT_S: Final = 60
@@ -218,7 +219,7 @@ class Cell:
         await asyncio.to_thread(evict)
         name = model_name(self._settings.model, self._settings.home)
         state = self._settings.home / "state" / name
-        state.mkdir(parents=True, exist_ok=True)
+        make_directory(state)
         if not self._locks:
             self._locks = [run_dir.lock(state / "lock", name)]
         adopted = await self._stage("model", self._adopt())
