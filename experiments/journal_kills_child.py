@@ -196,7 +196,7 @@ def break_on_purpose(fault: str) -> None:
     elif fault == "no-draft":
         mock.patch.object(chains, "write", write_without_draft).start()
     elif fault == "rename-first":
-        mock.patch.object(chains, "replace_file", replace_and_sync_late).start()
+        mock.patch.object(chains, "_put", put_and_sync_late).start()
     elif fault in FORGOTTEN:
         mock.patch.object(RealDisk, "sync", forgetful(RealDisk.sync, FORGOTTEN[fault])).start()
 
@@ -212,15 +212,16 @@ def swap_in_place(slots: Slots, hidden: str) -> None:
             time.sleep(WINDOW_S)
 
 
-def write_without_draft(disk: Disk, folder: str, chain: Chain) -> None:
+def write_without_draft(disk: Disk, folder: str, chain: Chain) -> Chain:
     path = f"{folder}/{chains.manifest_name(chain.sequence)}"
     disk.create(path)
     time.sleep(WINDOW_S)
     disk.write(path, 0, chain.encode())
     disk.sync(path)
+    return chain
 
 
-def replace_and_sync_late(disk: Disk, path: str, data: bytes) -> None:
+def put_and_sync_late(disk: Disk, path: str, data: bytes) -> None:
     draft = f"{path}.draft"
     disk.create(draft, len(data))
     disk.write(draft, 0, data)

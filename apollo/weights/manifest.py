@@ -105,7 +105,8 @@ def make_directory(directory: Path) -> None:
     """Make a directory, and those above it, if it is not there; their names are durable then."""
     missing = [each for each in (directory, *directory.parents) if not each.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    for each in missing:
+    # Also of those that were there: whoever was killed may have made them in memory only.
+    for each in dict.fromkeys((directory, directory.parent, *missing)):
         sync_directory(each.parent)
 
 
