@@ -40,6 +40,7 @@ from actors.messages import (
     CheckpointReport,
     DreamReport,
     EngineReport,
+    Footprint,
     GenerationView,
     JobView,
     Stage,
@@ -65,6 +66,7 @@ from tests.conftest import free_port
 
 STEP_S: Final = 0.12
 TOKEN_S: Final = 0.04
+MEMORY: Final = {"engine": 1490, "trainer": 596, "checkpoint": 171, "dream": 152}
 INSTRUCTION: Final = "Always answer in exactly one short sentence of at most 15 words."
 QUESTIONS: Final = (
     "Where would you go on a Sunday in November, and what would you take along?",
@@ -180,6 +182,7 @@ class FakeCell:
             EngineReport(101, (111,), True, 2048, None, "0.32.0"), trainer,
             CheckpointReport(103, newest.generation, newest.weights_version, newest.generation),
             DreamReport(104, asked=self.dreams, proposed=len(self._of_state("proposed"))),
+            {role: Footprint(size * MIB, 580 * MIB) for role, size in MEMORY.items()},
         )  # fmt: skip
 
     # What actors are asked.

@@ -101,6 +101,22 @@ def test_an_answer_is_corrected_learned_asked_again_kept_and_forgotten(
         seen.check()
 
 
+def test_memory_is_shown_by_role_and_the_weights_once(browser: Browser, cell: RunningCell) -> None:
+    deadline = time.monotonic() + 60
+    while len(memory := cell.get("/status")["memory"]) < 4:
+        assert time.monotonic() < deadline, memory
+        time.sleep(0.5)
+    weights = cell.get("/status")["trainer"]["weights_bytes"]
+    assert memory["trainer"]["shared_bytes"] >= weights, "they are mapped, not copied"
+    with watched(browser, cell.base) as (page, seen):
+        page.get_by_role("tab", name="Cell").click()
+        panel = page.get_by_role("tabpanel", name="Cell")
+        expect(panel).to_contain_text("weights, one copy")
+        for role in ("engine", "trainer", "checkpoint", "dream"):
+            expect(panel).to_contain_text(f"{role}, its own")
+        seen.check()
+
+
 def assert_streamed(page: Page, cell: RunningCell) -> None:
     """A long answer is seen while it grows; Stop ends it for the engine, too."""
     page.get_by_label("Your question").fill("Tell me a long story about the sea.")

@@ -101,21 +101,20 @@ function facts(rows) {
   );
 }
 
-// By role where the cell tells it, else what the trainer tells of the one copy and its own state.
+// The one copy of the weights, which several map, and what each role has for itself.
 function memory(status) {
   const trainer = status.trainer;
   const parts = Object.entries(status.memory ?? {})
-    .map(([role, of]) => [role, typeof of === "number" ? of : of?.private_bytes])
+    .map(([role, of]) => [`${role}, its own`, of.private_bytes]);
+  const shown = [["weights, one copy", trainer?.weights_bytes], ...parts]
     .filter(([, bytes]) => bytes > 0);
-  const told = [
-    ["weights, one copy", trainer?.weights_bytes],
-    ["optimizer state", trainer?.state_bytes],
-    ["newest step, beyond that", trainer?.last_step_bytes],
-  ].filter(([, bytes]) => bytes > 0);
-  const shown = [...told, ...parts];
   if (!shown.length) return [make("p", { class: "hint" }, "Not known yet.")];
   const most = Math.max(...shown.map(([, bytes]) => bytes));
-  const tensors = trainer?.num_tensors ? many(trainer.num_tensors, "tensor") : "";
+  const within = [
+    trainer?.num_tensors ? many(trainer.num_tensors, "tensor") : null,
+    trainer?.state_bytes ? `${size(trainer.state_bytes)} of the trainer's: optimizer state` : null,
+    trainer?.last_step_bytes ? `the newest step took ${size(trainer.last_step_bytes)} more` : null,
+  ].filter(Boolean);
   return [
     make(
       "dl",
@@ -131,6 +130,6 @@ function memory(status) {
         ),
       ),
     ),
-    make("p", { class: "hint" }, `${tensors}; the engine reads and the trainer writes the same.`),
+    make("p", { class: "hint" }, within.join(" \u00b7 ")),
   ];
 }
