@@ -97,6 +97,7 @@ class FakeCell:
     asked: list[tuple[str, Any]] = field(default_factory=list)
     """What was asked of it that changes something."""
     dreams: int = 0
+    chats: list[list[dict[str, str]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for at, steps in enumerate((0, 24, 12)):
@@ -328,6 +329,7 @@ class FakeDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         self._allow(request, "use")
         self._ready()
         asked = json.loads(await request.body())
+        self._fake.chats.append(asked["messages"])
         lessons = [each for each in self._fake.asked if each[0] == "train"]
         question = asked["messages"][-1]["content"]
         answer = "My name is Sam, and I am here to help you with whatever you would like to know."

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from door.keys import KeyStore
-from tests.browser import MIDDLE, NARROW, WIDE, Scheme, ask, chromium, overflow, watched
+from tests.browser import MIDDLE, NARROW, WIDE, Scheme, answer, ask, chromium, overflow, watched
 from tests.fake_door import ANSWER, PLAIN, QUESTIONS, FakeCell, served
 
 TABS = ("Learned", "Candidates", "Dreams", "Cell")
@@ -181,6 +181,39 @@ def test_what_is_taught_is_drawn_listed_kept_and_answered(browser: Browser, base
         page.keyboard.press("Home")
         expect(page.locator("#readout")).to_contain_text("Version 0")
         seen.check()
+
+
+def test_what_was_answered_under_an_instruction_is_learned_without_it(
+    browser: Browser, base: str, fake: FakeCell
+) -> None:
+    with watched(browser, base) as (page, seen):
+        page.get_by_text("Options").click()
+        page.get_by_label("Instruction").fill("Be brief.")
+        ask(page, "Who are you?")
+        teach(page, "Reverie.")
+        sample = fake.asked[0][1].samples[0]
+        assert [turn.role for turn in sample.messages] == ["system", "user", "assistant"]
+        assert sample.strip == ["system"]
+        seen.check()
+
+
+def test_what_is_asked_again_further_up_leaves_the_conversation_as_it_is(
+    browser: Browser, base: str, fake: FakeCell
+) -> None:
+    with watched(browser, base) as (page, _):
+        ask(page, "One?")
+        ask(page, "Two?")
+        page.locator(".turn.model").first.get_by_role("button", name="Ask again").click()
+        answer(page, 2)
+        ask(page, "Three?")
+        page.locator(".turn.model").last.get_by_role("button", name="Ask again").click()
+        answer(page, 4)
+        ask(page, "Four?")
+        asked = [
+            [turn["content"] for turn in chat if turn["role"] == "user"] for chat in fake.chats
+        ]
+        all_three = ["One?", "Two?", "Three?"]
+        assert asked[2:] == [["One?"], all_three, all_three, [*all_three, "Four?"]]
 
 
 def test_forgetting_and_rolling_back_ask_first_and_say_what_they_will_do(

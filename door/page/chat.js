@@ -80,13 +80,13 @@ async function ask(asked, text, isAgain = false) {
   begin(true);
   const instruction = chosen("instruction");
   const view = instruction ? [{ role: "system", content: instruction }, ...asked] : asked;
+  // What is asked again further up does not change what the conversation goes on from.
+  const isNewest = turns.length === asked.length + 1 && turns.at(-2) === asked.at(-1);
   try {
     await read(view, shown);
-    turns = [...asked, { role: "assistant", content: shown.text() }];
   } catch (error) {
     if (error.name === "AbortError") {
       shown.end("stopped");
-      if (shown.text()) turns = [...asked, { role: "assistant", content: shown.text() }];
     } else {
       shown.end("broken off");
       shown.element.append(make("p", { class: "fault", role: "alert" }, error.message));
@@ -95,7 +95,9 @@ async function ask(asked, text, isAgain = false) {
   } finally {
     begin(false);
   }
-  if (shown.text()) shown.offer(view, () => ask(asked, text, true));
+  if (!shown.text()) return;
+  if (!isAgain || isNewest) turns = [...asked, { role: "assistant", content: shown.text() }];
+  shown.offer(view, () => ask(asked, text, true));
 }
 
 function begin(isRunning) {

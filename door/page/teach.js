@@ -107,7 +107,7 @@ async function followJob(jobId, shown) {
 }
 
 function progressOf(sample, again) {
-  const words = make("p", { class: "progress-words", role: "status" }, "Queued");
+  const words = make("p", { class: "progress-words", "aria-live": "polite" }, "Queued");
   const bar = make("progress", { max: 1, value: 0, "aria-label": "Steps learned" });
   const line = make("div", { class: "spark" });
   const acts = make("div", { class: "acts" });
@@ -121,6 +121,7 @@ function progressOf(sample, again) {
     update(job) {
       bar.max = job.total_steps;
       bar.value = job.steps;
+      words.setAttribute("aria-live", ENDED.includes(job.status) ? "polite" : "off");
       const last = job.loss_history.at(-1);
       const at = `step ${job.steps} of ${job.total_steps}`;
       element.dataset.status = job.status;

@@ -73,7 +73,9 @@ function render(plot) {
   );
   plot.replaceChildren(svg);
   if (hadFocus) svg.focus({ preventScroll: true });
-  find("readout").textContent = cursor === null ? summary(steps, current) : told(cursor);
+  const readout = find("readout");
+  readout.setAttribute("aria-live", cursor === null ? "off" : "polite"); // Not at every step.
+  readout.textContent = cursor === null ? summary(steps, current) : told(cursor);
 }
 
 // All versions that there is something to show of, in order; the newest of them, if so chosen.
