@@ -36,7 +36,9 @@ from door.candidate_routes import router as candidate_router
 from door.dream_routes import DreamRoutes
 from door.dream_routes import router as dream_router
 from door.metrics import render
-from door.views import as_json, generation_as_json, job_as_json, status_as_json
+from door.page_routes import PageRoutes
+from door.page_routes import router as page_router
+from door.views import as_json, generation_as_json, job_as_json
 
 EVENT_INTERVAL_S: Final = 0.25
 MAX_JOBS_LISTED: Final = 100
@@ -47,6 +49,7 @@ V1_PATH: Final = re.compile(r"(\w[\w.:-]*)(/\w[\w.:-]*)*", re.ASCII)
 app = FastAPI(title="Reverie", version="0.1.0", description=(__doc__ or "").split("\n")[0])
 app.include_router(dream_router)
 app.include_router(candidate_router)
+app.include_router(page_router)
 
 
 def error_response(error: ReverieError, request: Request) -> JSONResponse:
@@ -112,7 +115,7 @@ async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
     health_check_period_s=5,
 )
 @serve.ingress(app)
-class Ingress(DreamRoutes, CandidateRoutes):
+class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
     """All routes, over whatever boot of the cell is alive."""
 
     # vLLM's routes.
@@ -266,9 +269,7 @@ class Ingress(DreamRoutes, CandidateRoutes):
     async def status(self, request: Request) -> JSONResponse:
         """Versions, actors, queue and memory."""
         self._allow(request, "use")
-        return JSONResponse(
-            status_as_json(self._report, self._versions, self._slots.taken, self._log)
-        )
+        return JSONResponse(self._snapshot())
 
     @app.get("/metrics")
     async def metrics(self, request: Request) -> PlainTextResponse:

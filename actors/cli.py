@@ -211,7 +211,8 @@ def _announce(report: Any, clock: Clock, settings: Settings) -> None:
             "\n  note   this file system cannot exchange two directories in one step (is it NFS?):"
         )
         print("         at a publication there is no public directory for an instant")
-    print(f"\n  ask    {base}/v1   (OpenAI's API)\n  teach  {base}/train\n  read   {base}/docs")
+    print(f"\n  look   {base}/ui   (in a browser)\n  ask    {base}/v1   (OpenAI's API)")
+    print(f"  teach  {base}/train\n  read   {base}/docs")
     print("  stop   Ctrl-C\n", flush=True)
 
 
