@@ -67,7 +67,7 @@ class Teller:
         self.story = story
         self.journal = open_(disk)
         # Whether it was told or not before a kill: what a recovery has found must stay.
-        disk.mark(("acknowledged", self.journal.newest.generation))
+        disk.mark(("recovered", self.journal.newest.generation))
         self._seed = 100 * len(story.states)
 
     def commit(self, *, with_optimizer: bool = True) -> None:
@@ -204,7 +204,7 @@ def killed_in_a_beginning(disk: ModelDisk, story: Story) -> None:
 def check(crash: Crash, story: Story, *, can_exchange: bool = True) -> ModelDisk:
     """Raise Violation unless a reader and a recovery find what they must; the disk after it."""
     told = [mark for mark in crash.marks if isinstance(mark, tuple)]
-    acknowledged = max((n for what, n in told if what == "acknowledged"), default=0)
+    acknowledged = max((n for what, n in told if what != "begun"), default=0)
     begun = max((n for what, n in told if what == "begun"), default=0)
     disk = ModelDisk(crash.image, can_exchange)
     public = _check_public(disk, story, begun)

@@ -45,6 +45,7 @@ NUM_RANDOM_LIVES = 36
 PER_WINDOW = 450
 NUM_NESTED = 4
 WANTED_STATES = 100_000
+LAST = "without exchange, the last rename only gives the old directory its hidden name"
 TWIN = "the rename is that of the twin, and the manifest itself was renamed before"
 COMMUTING = {
     ("Sync chain._put < chain.replace_file", "Names chain._put < chain.replace_file"): (
@@ -55,9 +56,8 @@ COMMUTING = {
     ("Sync chain.replace_file < slots._write", "Names slots.swap < journal.publish"): (
         "without exchange, the first of the two renames only takes the old directory away"
     ),
-    ("Names slots.swap < journal.publish", "Sync slots.swap < journal.publish"): (
-        "without exchange, the last rename only gives the old directory its hidden name"
-    ),
+    ("Names slots.swap < journal.publish", "Sync slots.swap < journal.publish"): LAST,
+    ("Names slots.swap < journal.publish", "Sync slots.mend < recovery.open_journal"): LAST,
 }
 """Neighbours whose order does not matter, and why."""
 
@@ -189,11 +189,15 @@ def swappable(disk: Witness) -> Iterator[tuple[int, tuple[str, str]]]:
     """Neighbours in the log, one of them a sync, whose order could matter, and their places.
 
     Two syncs can change places, and so can a sync and the coming or going of one name: neither says
-    anything of the other. What is left: a sync, and a rename, an exchange or an acknowledgement.
+    anything of the other. Nor can a sync come too early for what it does not sync. What is left: a
+    sync, and a rename, an exchange or an acknowledgement.
     """
     for at, (one, two) in enumerate(pairwise(disk.log)):
         kinds = [_kind(one), _kind(two)]
-        if "Sync" in kinds and None not in kinds and kinds != ["Sync", "Sync"]:
+        is_too_late = isinstance(two, Sync) and not (
+            isinstance(one, Names) and two.node in one.directories
+        )
+        if "Sync" in kinds and None not in kinds and not is_too_late:
             places = [disk.sites.get(at, "told"), disk.sites.get(at + 1, "told")]
             yield at, (f"{kinds[0]} {places[0]}", f"{kinds[1]} {places[1]}")
 
