@@ -1,0 +1,87 @@
+"""`reverie down`: ends a cell that was started elsewhere, in order, with its last checkpoint.
+
+a record of 'reverie up' --> its process is asked to stop, and waited for
+none ('serve run')       --> the cell is asked over Ray, and Serve's application deleted
+"""
+
+import logging
+from typing import Any, Final
+
+import psutil
+
+from actors.errors import ReverieError
+from actors.settings import default_home
+from command import record
+from command.client import Server, Unreachable, nobody
+from command.options import DEFAULT_PORT, Json, Port, Yes
+from command.output import Output
+from command.record import CellRecord
+
+STOP_TIMEOUT_S: Final = 900
+"""As long as `up` itself gives the cell for its last checkpoint."""
+
+
+def down(port: Port = DEFAULT_PORT, is_sure: Yes = False, is_json: Json = False) -> None:
+    """Stop a running cell: no further steps, a last checkpoint, then everything else."""
+    output = Output(is_json)
+    found = record.read(default_home(), port)
+    process = found.process() if found is not None else None
+    if found is not None and process is not None:
+        output.confirm(f"Stop {found.model} on port {port}?", is_sure)
+        saved = _end(found, process, output)
+    else:
+        _require_answer(port)
+        output.confirm(f"Stop the cell on port {port}?", is_sure)
+        with output.waiting("stopping"):
+            saved = _end_over_ray(port)
+    output.show({"port": port, "saved": saved}, f"stopped; saved: {saved}")
+    if not saved.startswith(("generation", "nothing to save")):
+        raise ReverieError(f"the cell has ended without its last checkpoint: {saved}")
+
+
+def _end(found: CellRecord, process: psutil.Process, output: Output) -> str:
+    with output.waiting("stopping: a last checkpoint, then everything else"):
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except psutil.TimeoutExpired:
+            raise ReverieError(
+                f"pid={found.pid}: the cell has not ended within {STOP_TIMEOUT_S} s; "
+                "see 'reverie logs', and end that process yourself"
+            ) from None
+    ended = record.read(default_home(), found.port)
+    return (ended.saved if ended is not None else None) or "its process ended without a word"
+
+
+def _require_answer(port: int) -> None:
+    """Raises Unreachable if nobody is there; a server that only refuses our key is somebody."""
+    try:
+        Server(port).get("/readyz")
+    except Unreachable as error:
+        if error.param is not None:
+            raise nobody(port) from None
+
+
+def _end_over_ray(port: int) -> str:
+    import ray
+    from ray import serve
+
+    from actors.ending import CELL, NAMESPACE
+
+    try:
+        ray.init(
+            address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+        )
+        cell: Any = ray.get_actor(CELL, NAMESPACE)
+    except (ConnectionError, ValueError):
+        raise ReverieError(
+            f"port={port}: a server answers, but this REVERIE_HOME knows of none there, and no Ray "
+            "that runs here has its cell; set REVERIE_HOME or RAY_ADDRESS to its own"
+        ).about("port") from None
+    try:
+        saved = str(ray.get(cell.stop.remote(), timeout=STOP_TIMEOUT_S))
+        serve.delete("reverie")
+        ray.kill(cell)
+    finally:
+        ray.shutdown()
+    return saved
