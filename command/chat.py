@@ -22,7 +22,7 @@ import typer
 from rich.markup import escape
 
 from actors.errors import ReverieError, SettingsError
-from actors.settings import default_home
+from actors.home import default_home
 from command.asking import Answer, Model
 from command.checkpoints import told_of
 from command.client import Server

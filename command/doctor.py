@@ -4,19 +4,22 @@ Each line is ok, a warning or an error, with the remedy; an error makes the exit
 """
 
 import warnings
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from actors.errors import ReverieError
-from actors.settings import DEFAULT_MODEL, GIB, MIB, Settings
+from actors.home import DEFAULT_MODEL, GIB, MIB
 from command import machine, memory_plan, version_matrix
 from command.finding import Finding, error
 from command.memory_plan import Plan
 from command.options import DEFAULT_PORT, Json, Port, pairs_of
 from command.output import Output, table
+
+if TYPE_CHECKING:
+    from actors.settings import Settings
 
 MARKS: Final = {
     "ok": "[green]ok[/]",
@@ -37,6 +40,8 @@ def doctor(
     is_json: Json = False,
 ) -> None:
     """Look at driver, memory, limits, ports, token, versions and disk, before a start."""
+    from actors.settings import Settings
+
     output = Output(is_json)
     pairs: dict[str, Any] = {"model": model, "port": port, "host": host}
     settings = Settings.from_pairs(pairs | pairs_of(set_, "group.key=value"))
@@ -56,7 +61,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def examine(settings: Settings) -> tuple[list[Finding], Plan | None]:
+def examine(settings: "Settings") -> tuple[list[Finding], Plan | None]:
     """Everything that can be said before a boot."""
     gpus, _ = machine.gpus()
     findings = [*version_matrix.check(), *machine.driver(settings)]

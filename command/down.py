@@ -10,7 +10,7 @@ from typing import Any, Final
 import psutil
 
 from actors.errors import ReverieError
-from actors.settings import default_home
+from actors.home import default_home
 from command import record
 from command.client import Server, Unreachable, nobody
 from command.options import DEFAULT_PORT, Json, Port, Yes

@@ -87,5 +87,6 @@ def memories(
     made = table("kept", "id", "tags", "begins")
     for each in kept["data"]:
         first = each["text"].splitlines()[0][:MEMORY_CHARS]
-        made.add_row(when(each["created"]), each["id"], " ".join(each["tags"]), escape(first))
+        tags = escape(" ".join(each["tags"]))
+        made.add_row(when(each["created"]), escape(each["id"]), tags, escape(first))
     output.show(kept, made if kept["data"] else "no memories: 'reverie memories --add FOLDER'")

@@ -4,6 +4,7 @@ import time
 from typing import Annotated, Any, Final
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress
 
 from actors.errors import ReverieError
@@ -149,7 +150,7 @@ def _told(job: dict[str, Any]) -> list[str]:
     if job["loss_history"]:
         lines.append(f"loss  \\[{curve(job['loss_history'], 60)}]")
     if job["error"]:
-        lines.append(f"[red]{job['error']}[/]")
+        lines.append(f"[red]{escape(job['error'])}[/]")
     return lines
 
 

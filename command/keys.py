@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from actors.errors import SettingsError
-from actors.settings import default_home
+from actors.home import default_home
 from command.options import Json
 from command.output import Output, table, when
 

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from actors.errors import SettingsError
-from actors.settings import default_home
+from actors.home import default_home
 from command import record
 from command.options import DEFAULT_PORT, Json, Port
 from command.output import Output, table

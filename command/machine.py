@@ -14,14 +14,17 @@ import tempfile
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import psutil
 
-from actors.settings import GIB, Settings
+from actors.home import GIB
 from command import record
 from command.finding import Finding, error, ok, warning
 from command.version_matrix import MATRIX, installed
+
+if TYPE_CHECKING:
+    from actors.settings import Settings
 
 QUERY_TIMEOUT_S: Final = 10
 MIN_FILES: Final = 4096
@@ -31,7 +34,7 @@ OUR_PROGRAMS: Final = ("ray", "raylet", "gcs_server", "reverie", "vllm", "python
 """Beginnings of the names of processes that a cell consists of."""
 
 
-def driver(settings: Settings) -> Iterator[Finding]:
+def driver(settings: "Settings") -> Iterator[Finding]:
     """The GPU, and whether torch and vLLM are built for it."""
     torch_version = installed(next(each for each in MATRIX if each.name == "torch")) or ""
     is_cpu_build = "+cpu" in torch_version
@@ -78,7 +81,7 @@ def gpus() -> tuple[list[list[str]], str]:
     return whole, "nvidia-smi finds no GPU"
 
 
-def limits(shared_bytes: int, settings: Settings) -> Iterator[Finding]:
+def limits(shared_bytes: int, settings: "Settings") -> Iterator[Finding]:
     """Shared memory that the weights lie in, open files, and processors."""
     try:
         place = shutil.disk_usage("/dev/shm")
@@ -110,7 +113,7 @@ def limits(shared_bytes: int, settings: Settings) -> Iterator[Finding]:
         yield ok("processors", told)
 
 
-def ports(settings: Settings) -> Iterator[Finding]:
+def ports(settings: "Settings") -> Iterator[Finding]:
     """Who listens where others can reach it; and the door's own port."""
     public: dict[str, set[int]] = {}
     try:
@@ -137,7 +140,7 @@ def ports(settings: Settings) -> Iterator[Finding]:
     yield from _door(settings)
 
 
-def _door(settings: Settings) -> Iterator[Finding]:
+def _door(settings: "Settings") -> Iterator[Finding]:
     from door.keys import KeyStore
 
     place = f"{settings.host}:{settings.port}"
@@ -161,7 +164,7 @@ def _door(settings: Settings) -> Iterator[Finding]:
         yield ok("door", f"{place} is free; {num_keys} keys")
 
 
-def token(settings: Settings) -> Iterator[Finding]:
+def token(settings: "Settings") -> Iterator[Finding]:
     """Whether Ray's own ports, dashboard and jobs ask for a token."""
     mode = os.environ.get("RAY_AUTH_MODE")
     found = record.read(settings.home, settings.port)

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from actors.errors import SettingsError
-from actors.settings import GIB, MIB, Settings
+from actors.home import GIB, MIB
 from command.finding import Finding, error, ok, warning
 from command.machine import available_bytes
 
 if TYPE_CHECKING:
+    from actors.settings import Settings
     from apollo.learning.footprint import Footprint
 
 LIBRARY_BYTES: Final = 3 * GIB
@@ -90,7 +91,7 @@ class Plan:
         }
 
 
-def make_plan(settings: Settings, has_gpu: bool) -> Plan:
+def make_plan(settings: "Settings", has_gpu: bool) -> Plan:
     """Raises SettingsError for a model whose configuration cannot be had or is not known."""
     is_cuda = settings.device == "cuda" or (settings.device == "auto" and has_gpu)
     dtype = settings.dtype
@@ -143,7 +144,7 @@ def check(plan: Plan, device_bytes: int | None) -> Iterator[Finding]:
         )
 
 
-def _footprint(settings: Settings, config: Path, dtype: str) -> "Footprint":
+def _footprint(settings: "Settings", config: Path, dtype: str) -> "Footprint":
     from apollo.learning.footprint import footprint
 
     trainer = settings.trainer
@@ -166,7 +167,7 @@ def _footprint(settings: Settings, config: Path, dtype: str) -> "Footprint":
         ).about("model") from None
 
 
-def _config_dir(settings: Settings, scratch: Path) -> Path:
+def _config_dir(settings: "Settings", scratch: Path) -> Path:
     """A directory with the model's config.json: adopted, given, known, or fetched (some KB)."""
     from apollo.weights import smollm2
     from apollo.weights.adopt import model_name

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from actors.settings import DEFAULT_MODEL, default_home
+from actors.home import DEFAULT_MODEL, default_home
 from command.options import Json
 from command.output import Output
 from command.up import Clock

@@ -66,6 +66,8 @@ class Output:
 
     def __init__(self, is_json: bool = False) -> None:
         self.is_json = is_json
+        self.is_told = False
+        """Whether the document was printed; there is one."""
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = PIPED_WIDTH
         Output.current = self
@@ -73,6 +75,7 @@ class Output:
     def show(self, document: Any, *for_people: RenderableType) -> None:
         """Print the document, or what stands for it where people read."""
         if self.is_json:
+            self.is_told = True
             print(json.dumps(document, indent=2), flush=True)
             return
         for each in for_people:
@@ -127,8 +130,8 @@ class Output:
 
 
 def fail(error: ReverieError) -> None:
-    """The one line of an error, on stderr; with --json also as the document."""
-    if Output.current.is_json:
+    """The one line of an error, on stderr; with --json also as the document, if there is none."""
+    if Output.current.is_json and not Output.current.is_told:
         told = {"type": error.kind, "message": str(error), "param": error.param}
         print(json.dumps({"error": told}, indent=2), flush=True)
     print(f"reverie: {error}", file=sys.stderr)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from actors.errors import ReverieError, SettingsError
-from actors.posted import TrainRequest
-from actors.settings import MIB
+from actors.home import MIB
 
 CONVERSATION: Final = "conversation"
 SHARED_KEYS: Final = ("source", "weight", "strip")
@@ -75,6 +74,7 @@ def _samples(raw: bytes) -> Iterator[dict[str, Any]]:
 
 def _check(sample: dict[str, Any], is_conversation: bool) -> None:
     """As the server would; the path of an error begins inside of the sample."""
+    from actors.posted import TrainRequest
     from door.limits import parse
 
     try:

@@ -6,7 +6,6 @@ As `ray job submit` with the interpreter of this environment, the address and th
 that runs, and a working directory in which every relative path of the experiment ends up.
 """
 
-import asyncio
 import logging
 import os
 import shlex
@@ -19,7 +18,7 @@ import typer
 from rich.markup import escape
 
 from actors.errors import ReverieError, SettingsError
-from actors.settings import default_home
+from actors.home import default_home
 from command import experiments, record, run_folder
 from command.client import Refused, Unreachable
 from command.options import DEFAULT_PORT, Json, Port, pairs_of
@@ -196,6 +195,8 @@ def _client(dashboard: str, cell: CellRecord | None) -> Any:
 
 def _to_the_end(made: Run, home: Path, output: Output) -> None:
     """Show what the run prints until it ends, and then what it has made."""
+    import asyncio
+
     client = _client_of(made, home)
     try:
         text = asyncio.run(_tail(client, made.id, output))
@@ -210,6 +211,8 @@ def _to_the_end(made: Run, home: Path, output: Output) -> None:
 
 
 async def _tail(client: Any, name: str, output: Output) -> str:
+    import asyncio
+
     parts = []
     async for piece in client.tail_job_logs(name):
         parts.append(piece)
@@ -234,11 +237,11 @@ def state_of(made: Run, home: Path, client: Any = None) -> str:
         try:
             client = _client_of(made, home)
         except ReverieError:
-            return "lost"
+            return "stopped" if made.is_stopped else "lost"
     try:
         told = str(client.get_job_status(made.id).value)
     except (RuntimeError, ConnectionError):
-        return "lost"  # That Ray, or its job, is gone.
+        return "stopped" if made.is_stopped else "lost"  # That Ray, or its job, is gone.
     return RAY_STATES.get(told, "running")
 
 

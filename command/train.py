@@ -9,8 +9,6 @@ from typing import Annotated, Any, Final
 import typer
 
 from actors.errors import ReverieError, SettingsError
-from actors.posted import TrainConfig
-from actors.settings import LimitSettings
 from command import samples
 from command.client import Refused, Server
 from command.jobs import ENDED, require_done, summary, until_ended
@@ -18,8 +16,6 @@ from command.options import DEFAULT_PORT, Json, Port, number_or_word, pairs_of
 from command.output import Output
 from command.samples import Line
 
-MAX_PART_BYTES: Final = LimitSettings().max_body_bytes // 2
-"""A body says more than its lines."""
 QUEUE_LOOK_S: Final = 2.0
 MAX_QUEUE_WAIT_S: Final = 24 * 3600
 
@@ -60,6 +56,7 @@ def train(
 
 def config_of(epochs: int | None, lr: float | None, set_: list[str] | None) -> dict[str, Any]:
     """A job's settings; raises SettingsError that names the key."""
+    from actors.posted import TrainConfig
     from door.limits import parse
 
     config = {key: number_or_word(value) for key, value in pairs_of(set_, "key=value").items()}
@@ -90,11 +87,13 @@ def _teach(
     server: Server, found: list[Line], config: dict[str, Any], output: Output, detach: bool
 ) -> tuple[list[dict[str, Any]], int]:
     """The jobs at their end (as they were posted, if detached), and how many samples are new."""
-    limit = LimitSettings().max_samples
+    from actors.settings import LimitSettings
+
+    limits = LimitSettings()
     jobs: list[dict[str, Any]] = []
     num_new = 0
     with output.steps() as progress:
-        for part in samples.parts(found, limit, MAX_PART_BYTES):
+        for part in samples.parts(found, limits.max_samples, limits.max_body_bytes // 2):
             accepted = _post(server, part, config, jobs)
             num_new += int(accepted["training_samples"])
             if accepted["training_samples"]:

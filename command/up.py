@@ -17,15 +17,18 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from actors.errors import ReverieError, SettingsError
-from actors.settings import DEFAULT_MODEL, MIB, Settings
+from actors.home import DEFAULT_MODEL, MIB
 from command import record
 from command.options import DEFAULT_PORT, Json, Port, pairs_of
 from command.output import Output
+
+if TYPE_CHECKING:
+    from actors.settings import Settings
 
 POLL_INTERVAL_S: Final = 0.25
 STOP_TIMEOUT_S: Final = 900
@@ -72,6 +75,8 @@ def up(
 
     With --json the document is printed once it is ready, and the stages go to stderr.
     """
+    from actors.settings import Settings
+
     Output(is_json)
     pairs: dict[str, Any] = {"model": model, "port": port, "host": host}
     pairs |= pairs_of(set_, "group.key=value")
@@ -80,7 +85,7 @@ def up(
     serve_until(settings, pairs, ray_address, Clock(is_json))
 
 
-def check_address(settings: Settings) -> None:
+def check_address(settings: "Settings") -> None:
     """Refuse a public address without keys, and a port that is taken."""
     from door.keys import KeyStore
 
@@ -111,7 +116,9 @@ def _stop_on_signals() -> threading.Event:
     return asked
 
 
-def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str, clock: Clock) -> None:
+def serve_until(
+    settings: "Settings", pairs: dict[str, Any], ray_address: str, clock: Clock
+) -> None:
     """Start Ray, Serve and the cell; wait for a signal; stop them in the opposite order."""
     clock.say("starting Ray")
     for name, value in RAY_ENVIRONMENT.items():
@@ -169,7 +176,7 @@ def session_of(joined: Any) -> dict[str, str]:
     }
 
 
-def open_door(settings: Settings, pairs: dict[str, Any]) -> None:
+def open_door(settings: "Settings", pairs: dict[str, Any]) -> None:
     """Start Serve's HTTP proxy on the settings' address, and the ingress behind it."""
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -187,7 +194,7 @@ def open_door(settings: Settings, pairs: dict[str, Any]) -> None:
     )
 
 
-def follow(cell: Any, clock: Clock, settings: Settings, asked: threading.Event) -> str | None:
+def follow(cell: Any, clock: Clock, settings: "Settings", asked: threading.Event) -> str | None:
     """Print stages and restarts until asked to stop; returns why the cell gave up, if it did."""
     import ray
 
@@ -216,7 +223,7 @@ def follow(cell: Any, clock: Clock, settings: Settings, asked: threading.Event) 
     return None
 
 
-def _announce(report: Any, clock: Clock, settings: Settings) -> None:
+def _announce(report: Any, clock: Clock, settings: "Settings") -> None:
     base = f"http://{settings.host}:{settings.port}"
     trainer = report.trainer
     if clock.is_json:
