@@ -31,8 +31,9 @@ from command.logs import logs
 from command.mirror import mirror, restore
 from command.options import DEFAULT_PORT, Json, Port
 from command.output import Output
+from command.runs import runs
 from command.status import status
-from command.submit import runs, submit
+from command.submit import submit
 from command.train import train
 from command.up import up
 

@@ -27,7 +27,7 @@ from command.asking import Answer, Model
 from command.checkpoints import told_of
 from command.client import Server
 from command.flow import Flow
-from command.jobs import require_done, summary, until_ended
+from command.jobs import progress_of, require_done, until_ended
 from command.options import DEFAULT_PORT, Json, Port
 from command.output import Output
 
@@ -197,7 +197,7 @@ class Chat:
         self._messages[question + 1 :] = [right]
         self._taught.append(str(sample["id"]))
         self.turns.append({"taught": text, "id": sample["id"], "job": job})
-        self._output.say(f"[green]learned[/]  {summary(job)}  [dim]/again asks again[/]")
+        self._output.say(f"[green]learned[/]  {progress_of(job)}  [dim]/again asks again[/]")
 
     def forget(self, text: str) -> None:
         """Undo the last `/teach`."""

@@ -170,10 +170,15 @@ def told_of(item: str, done: dict[str, Any]) -> str:
         return f"{item} was not in the weights, and is forgotten"
     told = (
         f"{item} is forgotten: generation {done['generation']} has the weights of "
-        f"{done['returned_to']} and is live and public; {done['undone_steps']} steps were undone\n"
-        f"{done['steps_to_learn_again']} of them are learned again, of "
-        f"{done['samples_to_learn_again']} samples: see 'reverie jobs'"
+        f"{done['returned_to']}\nand is live and public; {done['undone_steps']} steps were undone, "
     )
+    if done["steps_to_learn_again"]:
+        told += (
+            f"{done['steps_to_learn_again']} of them are learned again, "
+            f"of {done['samples_to_learn_again']} samples: see 'reverie jobs'"
+        )
+    else:
+        told += "none of them is learned again"
     if not done["has_optimizer"]:
         told += "\nthat generation's optimizer was not kept any more: learning has new moments"
     if done["steps_lost"]:

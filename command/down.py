@@ -12,11 +12,12 @@ import psutil
 from actors.errors import ReverieError
 from actors.home import default_home
 from command import record
-from command.client import Server, Unreachable, nobody
+from command.client import Server, Unreachable
 from command.options import DEFAULT_PORT, Json, Port, Yes
 from command.output import Output
 from command.record import CellRecord
 
+REPORT_TIMEOUT_S: Final = 30
 STOP_TIMEOUT_S: Final = 900
 """As long as `up` itself gives the cell for its last checkpoint."""
 
@@ -30,10 +31,10 @@ def down(port: Port = DEFAULT_PORT, is_sure: Yes = False, is_json: Json = False)
         output.confirm(f"Stop {found.model} on port {port}?", is_sure)
         saved = _end(found, process, output)
     else:
-        _require_answer(port)
+        pid = _cell_behind(port)
         output.confirm(f"Stop the cell on port {port}?", is_sure)
         with output.waiting("stopping"):
-            saved = _end_over_ray(port)
+            saved = _end_over_ray(port, pid)
     output.show({"port": port, "saved": saved}, f"stopped; saved: {saved}")
     if not saved.startswith(("generation", "nothing to save")):
         raise ReverieError(f"the cell has ended without its last checkpoint: {saved}")
@@ -53,16 +54,15 @@ def _end(found: CellRecord, process: psutil.Process, output: Output) -> str:
     return (ended.saved if ended is not None else None) or "its process ended without a word"
 
 
-def _require_answer(port: int) -> None:
-    """Raises Unreachable if nobody is there; a server that only refuses our key is somebody."""
-    try:
-        Server(port).get("/readyz")
-    except Unreachable as error:
-        if error.param is not None:
-            raise nobody(port) from None
+def _cell_behind(port: int) -> int:
+    """The process of the cell whose door is there; raises Unreachable if there is none."""
+    found = Server(port).get("/status")
+    if not found.get("cell"):
+        raise Unreachable(f"port={port}: {found.get('reason')}").about("port")
+    return int(found["cell"]["pid"])
 
 
-def _end_over_ray(port: int) -> str:
+def _end_over_ray(port: int, pid: int) -> str:
     import ray
     from ray import serve
 
@@ -73,7 +73,10 @@ def _end_over_ray(port: int) -> str:
             address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
         )
         cell: Any = ray.get_actor(CELL, NAMESPACE)
+        if ray.get(cell.report.remote(), timeout=REPORT_TIMEOUT_S).pid != pid:
+            raise ValueError("the cell of another door")
     except (ConnectionError, ValueError):
+        ray.shutdown()
         raise ReverieError(
             f"port={port}: a server answers, but this REVERIE_HOME knows of none there, and no Ray "
             "that runs here has its cell; set REVERIE_HOME or RAY_ADDRESS to its own"

@@ -116,8 +116,13 @@ def require_done(job: dict[str, Any]) -> None:
 
 
 def summary(job: dict[str, Any]) -> str:
-    """One line of a job that has ended."""
-    told = f"{_state(job)}  {job['steps']} steps"
+    """One line of a job."""
+    return f"{_state(job)}  {progress_of(job)}"
+
+
+def progress_of(job: dict[str, Any]) -> str:
+    """Steps, losses and versions."""
+    told = f"{job['steps']} steps"
     if job["loss_history"]:
         told += f", loss {_losses(job)}"
     if job["weights_version"] is not None:

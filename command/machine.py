@@ -183,7 +183,8 @@ def token(settings: "Settings") -> Iterator[Finding]:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     with contextlib.suppress(OSError):
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            yield warning("Ray's token", f"others can read {path}", f"chmod 600 {path}")
+            shown = str(path).replace(str(Path.home()), "~")
+            yield warning("Ray's token", f"others can read {shown}", f"chmod 600 {shown}")
             return
     yield ok("Ray's token", f"{where} asks for it")
 

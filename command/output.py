@@ -139,7 +139,7 @@ def fail(error: ReverieError) -> None:
 
 def table(*columns: str, title: str | None = None) -> Table:
     """A table without lines; a column whose name begins with # is a number."""
-    made = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    made = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", title_style="")
     for name in columns:
         is_number = name.startswith("#")
         made.add_column(

@@ -95,15 +95,16 @@ def _actors(found: dict[str, Any]) -> Table:
             made.add_row(role, "-", "", "[yellow]not there[/]")
             continue
         pids = [actor["pid"], *actor.get("child_pids", ())]
-        made.add_row(role, " ".join(map(str, pids)), _resident(pids), _of_that(role, actor))
+        more = f" +{len(pids) - 1}" if len(pids) > 1 else ""
+        made.add_row(role, f"{actor['pid']}{more}", _resident(pids), _of_that(role, actor))
     return made
 
 
 def _of_that(role: str, actor: dict[str, Any]) -> str:
     if role == "trainer" and actor.get("weights_bytes"):
         return (
-            f"{actor['weights_bytes'] / MIB:.0f} weights, which the engine shares; "
-            f"{actor['state_bytes'] / MIB:.0f} optimizer state"
+            f"{actor['weights_bytes'] / MIB:.0f} weights, shared with the engine; "
+            f"{actor['state_bytes'] / MIB:.0f} optimizer"
         )
     if role == "engine" and actor.get("vllm_version"):
         return f"vLLM {actor['vllm_version']}, contexts of {actor['max_model_len']} tokens"

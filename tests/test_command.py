@@ -16,12 +16,15 @@ import pytest
 from typer.testing import CliRunner
 
 from actors.errors import SettingsError
-from command import experiments, record, samples
+from command import experiments, record, run_folder, samples
 from command.app import cli, main
 from command.client import Refused, Server, Unreachable, key
 from command.flow import printable
 from command.jobs import curve
 from command.record import CellRecord
+from command.run_folder import Run
+from command.run_report import page
+from command.runs import state_of
 from command.version_matrix import MATRIX
 from tests.conftest import free_port
 
@@ -365,3 +368,34 @@ def test_main_ends_with_the_code_of_the_refusal(
         main()
     assert ended.value.code == 1
     assert json.loads(capsys.readouterr().out)["error"]["param"] == "run"
+
+
+def test_runs_are_compared_on_one_page_that_runs_nothing(tmp_path: Path) -> None:
+    made = []
+    for rate, loss in (("1", 2.0), ("<script>", 1.0)):
+        name, place = run_folder.create(tmp_path, "hogwild")
+        settings = {"lr": rate}
+        one = Run(name, "hogwild", settings, "x", "http://127.0.0.1:1", 0.0, {"ray": "2.60.0"})
+        one.save(tmp_path)
+        rows = [{"mode": "free", "loss": loss, "losses": [9.0, loss]}]
+        (place / "hogwild.json").write_text(json.dumps(rows))
+        (place / "hogwild.png").write_bytes(b"not really")
+        (place / "exit_code").write_text("0\n")
+        made.append(one)
+    assert [each.id for each in run_folder.every(tmp_path)] and len({m.id for m in made}) == 2
+    shown = page([(each, "done") for each in made], tmp_path)
+    assert "&lt;script&gt;" in shown and "<script" not in shown and "http://" not in shown
+    assert "hogwild.json mode free loss" in shown and "0.50x" in shown
+    assert shown.count("data:image/png") == 2
+    assert made[0].results(tmp_path) == {"hogwild.json": 53, "hogwild.png": 10}
+    assert made[0].ended(tmp_path)[0] == "done"  # type: ignore[index]
+
+
+def test_a_run_whose_ray_is_gone_is_lost_unless_it_could_say_how_it_ended(tmp_path: Path) -> None:
+    name, place = run_folder.create(tmp_path, "hogwild")
+    one = Run(name, "hogwild", {}, "x", f"http://127.0.0.1:{free_port()}", 0.0)
+    one.save(tmp_path)
+    assert state_of(one, tmp_path) == "lost"
+    assert state_of(one.stopped(), tmp_path) == "stopped"
+    (place / "exit_code").write_text("2\n")
+    assert state_of(one, tmp_path) == "failed"

@@ -19,6 +19,7 @@ from command.logs import CLASS_OF
 from command.memory_plan import make_plan
 from tests.conftest import BOOT_TIMEOUT_S, STOP_TIMEOUT_S, RunningCell, free_port
 from tests.terminal import CTRL_C, CTRL_D, at_terminal
+from tests.test_candidates import BRIEF, QUESTIONS, ask, until
 
 pytestmark = [pytest.mark.cell, pytest.mark.teaches, pytest.mark.timeout(900)]
 
@@ -215,6 +216,30 @@ def test_status_and_candidates_are_for_people_and_programs(cell: RunningCell) ->
     assert "smollm2-135m  ready" in shown and re.search(r"\ntrainer +\d+ +\d+  513 weights", shown)
     assert document(cell, "candidates", "list", "--state", "approved") == {"data": []}
     assert reverie(cell, "candidates", "show", "none").returncode == 1
+
+
+def test_candidates_are_shown_side_by_side_and_decided(cell: RunningCell) -> None:
+    def proposed() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = document(cell, "candidates", "list", "--state", "proposed")[
+            "data"
+        ]
+        return found
+
+    for question in QUESTIONS:
+        ask(cell, question, "on")
+    until(lambda: cell.get("/status")["dream"]["unscored"] == 0, lambda: cell.get("/status"))
+    waiting = proposed()
+    assert waiting, cell.get("/conversations")
+    one = waiting[0]
+    shown = reverie(cell, "candidates", "show", one["id"]).stdout
+    assert f"system (instruction)  {BRIEF}" in shown
+    assert re.search("as instructed .* without", shown)
+    assert one["id"] in reverie(cell, "candidates").stdout
+    (decided,) = document(cell, "candidates", "reject", one["id"])["data"]
+    assert decided["state"] == "rejected"
+    assert one["id"] not in {each["id"] for each in proposed()}
+    again = reverie(cell, "candidates", "approve", one["id"])
+    assert again.returncode == 1 and "rejected" in again.stderr, again.stderr
 
 
 def test_the_doctor_s_arithmetic_is_what_the_cell_takes(cell: RunningCell) -> None:
