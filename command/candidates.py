@@ -5,13 +5,12 @@ from typing import Annotated, Any, Final
 import typer
 from rich.columns import Columns
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.panel import Panel
 
 from actors.errors import ReverieError, SettingsError
 from command.client import Server
 from command.options import DEFAULT_PORT, Json, Port
-from command.output import Output, table, when
+from command.output import Output, plain, table, when
 
 STATES: Final = ("proposed", "approved", "rejected", "trained")
 SHORT_CHARS: Final = 60
@@ -100,13 +99,13 @@ def _told(found: dict[str, Any], width: int) -> list[RenderableType]:
     head += f", measured at version {found['weights_version']}"
     asked = [
         f"[dim]{each['role']}{' (instruction)' if each['strip'] else ''}[/]  "
-        + escape(each["content"])
+        + plain(each["content"])
         for each in found["turns"]
     ]
     sides = Columns(
         [
-            Panel(escape(found["answer"]), title="as instructed", width=half, border_style="green"),
-            Panel(escape(found["plain"]), title="without", width=half, border_style="dim"),
+            Panel(plain(found["answer"]), title="as instructed", width=half, border_style="green"),
+            Panel(plain(found["plain"]), title="without", width=half, border_style="dim"),
         ],
         padding=(0, 1),
     )
@@ -120,4 +119,4 @@ def _question(found: dict[str, Any]) -> str:
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
-    return escape(line if len(line) <= SHORT_CHARS else line[: SHORT_CHARS - 3] + "...")
+    return plain(line if len(line) <= SHORT_CHARS else line[: SHORT_CHARS - 3] + "...")

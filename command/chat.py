@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from actors.errors import ReverieError, SettingsError
 from actors.home import default_home
@@ -29,7 +28,7 @@ from command.client import Server
 from command.flow import Flow
 from command.jobs import progress_of, require_done, until_ended
 from command.options import DEFAULT_PORT, Json, Port
-from command.output import Output
+from command.output import Output, plain
 
 EPOCHS: Final = 12
 LEARNING_RATE: Final = 2e-5
@@ -101,7 +100,7 @@ class Chat:
             if word in ("/exit", "/quit"):
                 return
             if not is_person and self._output.console.record:
-                self._output.say(f"[bold cyan]>[/] {escape(line.strip())}")
+                self._output.say(f"[bold cyan]>[/] {plain(line.strip())}")
             try:
                 self._take(word, text.strip(), line.strip())
             except KeyboardInterrupt:
@@ -111,7 +110,7 @@ class Chat:
             except ReverieError as error:
                 if not is_person:
                     raise
-                self._output.errors.print(f"[red]{escape(str(error))}[/]")
+                self._output.errors.print(f"[red]{plain(str(error))}[/]")
 
     def _take(self, word: str, text: str, line: str) -> None:
         if not line:
@@ -207,7 +206,7 @@ class Chat:
             done = self._server.post("/forget", {"item": self._taught[-1]})
         told = told_of(self._taught.pop(), done)
         self.turns.append({"forgot": done})
-        self._output.say(escape(told))
+        self._output.say(plain(told))
 
     def instruct(self, text: str) -> None:
         """Set the instruction, or remove it."""

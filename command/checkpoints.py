@@ -6,13 +6,12 @@
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from actors.errors import ReverieError
 from actors.home import MIB
 from command.client import Server
 from command.options import DEFAULT_PORT, Json, Port, Yes
-from command.output import Output, loss_of, table, when
+from command.output import Output, loss_of, plain, table, when
 
 checkpoints = typer.Typer(help="Generations of the weights: list, save, show, verify.")
 
@@ -96,7 +95,7 @@ def show(generation: Generation, port: Port = DEFAULT_PORT, is_json: Json = Fals
             f"returns to generation {made['returns_to']}; what was learned since was {undone}"
         )
     for item in made["forgotten"]:
-        output.say(f"forgot {escape(item)}")
+        output.say(f"forgot {plain(item)}")
     if not learned["num_steps"]:
         return
     output.say(
@@ -108,8 +107,8 @@ def show(generation: Generation, port: Port = DEFAULT_PORT, is_json: Json = Fals
     items = table("item", "source", "job", "position", "#steps", "loss")
     for item in learned["items"]:
         items.add_row(
-            escape(item["id"]),
-            escape(item["source"] or "-"),
+            plain(item["id"]),
+            plain(item["source"] or "-"),
             item["job_id"],
             "forgotten" if item["is_forgotten"] else str(item["position"]),
             str(item["num_steps"]),
@@ -126,7 +125,7 @@ def verify(port: Port = DEFAULT_PORT, is_json: Json = False) -> None:
         found = Server(port).post("/checkpoints/verify")
     damaged = found["damaged_files"] + found["damaged_copies"]
     for each in damaged:
-        output.say(f"[red]damaged[/] {escape(each)}")
+        output.say(f"[red]damaged[/] {plain(each)}")
     if damaged or found["lost_generations"]:
         lost = ", ".join(map(str, found["lost_generations"])) or "none"
         raise ReverieError(f"{len(damaged)} damaged; generations lost: {lost}")
@@ -161,7 +160,7 @@ def forget(
     output.confirm(f"Forget {item} for good?", is_sure)
     with output.waiting(f"forgetting {item}"):
         done = Server(port).post("/forget", {"item": item})
-    output.show(done, escape(told_of(item, done)))
+    output.show(done, plain(told_of(item, done)))
 
 
 def told_of(item: str, done: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import warnings
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from actors.errors import ReverieError
@@ -16,7 +15,7 @@ from command import machine, memory_plan, version_matrix
 from command.finding import Finding, error
 from command.memory_plan import Plan
 from command.options import DEFAULT_PORT, Json, Port, pairs_of
-from command.output import Output, table
+from command.output import Output, plain, table
 
 if TYPE_CHECKING:
     from actors.settings import Settings
@@ -86,9 +85,9 @@ def examine(settings: "Settings") -> tuple[list[Finding], Plan | None]:
 def _lines(findings: list[Finding]) -> Table:
     made = Table.grid(padding=(0, 2, 0, 0))
     for each in findings:
-        told = escape(each.told)
+        told = plain(each.told)
         if each.remedy:
-            told += f"\n[dim]->[/] {escape(each.remedy)}"
+            told += f"\n[dim]->[/] {plain(each.remedy)}"
         made.add_row(MARKS[each.level], each.check, told)
     return made
 

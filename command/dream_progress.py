@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-from command.output import Output
+from command.output import Output, plain
 
 LOOK_INTERVAL_S: Final = 0.5
 MAX_IDLE_LOOKS: Final = 10
@@ -48,7 +47,7 @@ def follow(ask: Ask, rounds: int, behaviour: str | None, output: Output) -> list
                 if each["ended"] and each["id"] not in known:
                     known.add(each["id"])
                     ended.append(each)
-                    output.say(escape(summary(each)))
+                    output.say(plain(summary(each)))
             is_idle = bool(report) and not report["round_id"] and not report["asked"]
             num_idle = num_idle + 1 if is_idle else 0
             if len(ended) >= rounds or num_idle > MAX_IDLE_LOOKS:

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.markup import escape
 
 from actors.errors import SettingsError
 from command import dream_progress
 from command.client import Refused, Server
 from command.options import DEFAULT_PORT, Json, Port
-from command.output import Output, table, when
+from command.output import Output, plain, table, when
 
 MEMORIES_AT_ONCE: Final = 200
 """So many of the longest fit into one body; all of a body are kept, or none."""
@@ -55,9 +54,9 @@ def behaviours(
     for each in there:
         progress = each["progress"]
         failing = f"{progress['failure_rate']:.0%}"
-        made.add_row(each["name"], progress["standing"], failing, escape(each["instruction"]))
+        made.add_row(each["name"], progress["standing"], failing, plain(each["instruction"]))
     for one in left:
-        made.add_row(f"[dim]{one.name}", "[dim]shipped", "", f"[dim]{escape(one.instruction)}")
+        made.add_row(f"[dim]{one.name}", "[dim]shipped", "", f"[dim]{plain(one.instruction)}")
     more = [one.model_dump(exclude_defaults=True) | {"name": one.name} for one in left]
     output.show({"data": there, "shipped": more}, made)
 
@@ -87,6 +86,6 @@ def memories(
     made = table("kept", "id", "tags", "begins")
     for each in kept["data"]:
         first = each["text"].splitlines()[0][:MEMORY_CHARS]
-        tags = escape(" ".join(each["tags"]))
-        made.add_row(when(each["created"]), escape(each["id"]), tags, escape(first))
+        tags = plain(" ".join(each["tags"]))
+        made.add_row(when(each["created"]), plain(each["id"]), tags, plain(first))
     output.show(kept, made if kept["data"] else "no memories: 'reverie memories --add FOLDER'")

@@ -10,6 +10,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+REORDERING: Final = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that show a line in another order than it is written in."""
 MAX_WORD: Final = 200
 """A longer word is not waited for: it is shown, and the terminal breaks it."""
 
@@ -69,7 +71,8 @@ class Flow:
 
 def printable(text: str) -> str:
     """Without characters that command a terminal; line ends and tabs stay."""
-    kept = text.replace("\r\n", "\n")
     return "".join(
-        char for char in kept if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf")
+        char
+        for char in text.replace("\r\n", "\n")
+        if char in "\n\t" or (unicodedata.category(char) != "Cc" and char not in REORDERING)
     )

@@ -4,13 +4,12 @@ import time
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress
 
 from actors.errors import ReverieError
 from command.client import Refused, Server, Unreachable
 from command.options import DEFAULT_PORT, Json, Port
-from command.output import Output, loss_of, table, when
+from command.output import Output, loss_of, plain, table, when
 
 LOOK_INTERVAL_S: Final = 0.3
 MAX_SILENCE_S: Final = 300
@@ -155,7 +154,7 @@ def _told(job: dict[str, Any]) -> list[str]:
     if job["loss_history"]:
         lines.append(f"loss  \\[{curve(job['loss_history'], 60)}]")
     if job["error"]:
-        lines.append(f"[red]{escape(job['error'])}[/]")
+        lines.append(f"[red]{plain(job['error'])}[/]")
     return lines
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from actors.errors import SettingsError
 from actors.home import default_home
 from command import record
+from command.flow import printable
 from command.options import DEFAULT_PORT, Json, Port
-from command.output import Output, table
+from command.output import Output, plain, table
 
 CLASS_OF: Final = {
     "cell": "Cell",
@@ -184,7 +184,7 @@ def _print(text: Iterator[str] | list[str], output: Output) -> None:
     for line in text:
         # Not through the layout: a line of a log stays one, and keeps its own words.
         if output.console.record:
-            output.console.print(escape(line), soft_wrap=True)
+            output.console.print(plain(line), soft_wrap=True)
         else:
-            print(line)
+            print(printable(line) if output.console.is_terminal else line)
     sys.stdout.flush()

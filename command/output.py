@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from actors.errors import ReverieError
+from command.flow import printable
 
 PIPED_WIDTH: Final = 240
 """Columns where nobody looks, so that a line stays one for `grep`."""
@@ -61,8 +63,8 @@ class Output:
     """What one command prints. The newest one is `current`: an error is told in its form."""
 
     current: "Output"
-    console = Console(highlight=False)
-    errors = Console(highlight=False, stderr=True)
+    console = Console(highlight=False, emoji=False)
+    errors = Console(highlight=False, emoji=False, stderr=True)
 
     def __init__(self, is_json: bool = False) -> None:
         self.is_json = is_json
@@ -134,7 +136,7 @@ def fail(error: ReverieError) -> None:
     if Output.current.is_json and not Output.current.is_told:
         told = {"type": error.kind, "message": str(error), "param": error.param}
         print(json.dumps({"error": told}, indent=2), flush=True)
-    print(f"reverie: {error}", file=sys.stderr)
+    print(f"reverie: {printable(str(error))}", file=sys.stderr)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -150,6 +152,11 @@ def table(*columns: str, title: str | None = None) -> Table:
             no_wrap=is_number,
         )
     return made
+
+
+def plain(text: str) -> str:
+    """What others have written, for a line of ours: nothing in it is markup, or a command."""
+    return escape(printable(text))
 
 
 def when(created: float) -> str:
@@ -169,6 +176,7 @@ def drawn(path: Path, title: str) -> Iterator[None]:
     """Whatever is printed for people while the body runs, also as the SVG file `path`."""
     Output.console = Console(
         highlight=False,
+        emoji=False,
         record=True,
         width=PICTURE_WIDTH,
         force_terminal=True,

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.markup import escape
 
 from actors.errors import ReverieError, SettingsError
 from actors.home import default_home
 from command import record, run_folder
 from command.client import Refused, Unreachable
 from command.options import Json
-from command.output import Output, table, when
+from command.output import Output, plain, table, when
 from command.record import CellRecord
 from command.run_folder import LOG, Run
 
@@ -80,7 +79,7 @@ async def _tail(client: Any, name: str, output: Output) -> str:
     async for piece in client.tail_job_logs(name):
         parts.append(piece)
         if not output.is_json:
-            output.console.print(escape(piece), end="", soft_wrap=True)
+            output.console.print(plain(piece), end="", soft_wrap=True)
     while str(client.get_job_status(name)) in ("PENDING", "RUNNING"):
         await asyncio.sleep(LOOK_INTERVAL_S)
     return "".join(parts)
@@ -176,9 +175,7 @@ def _told(made: Run, home: Path, state: str) -> list[Any]:
     facts.show_header = False
     facts.add_column()
     facts.add_column()
-    facts.add_row(
-        "[dim]settings[/]", escape(" ".join(f"{k}={v}" for k, v in made.settings.items()))
-    )
+    facts.add_row("[dim]settings[/]", plain(" ".join(f"{k}={v}" for k, v in made.settings.items())))
     facts.add_row("[dim]versions[/]", " ".join(f"{k} {v}" for k, v in made.versions.items()))
     for name, size in made.results(home).items():
         facts.add_row("[dim]result[/]", f"{made.path(home) / name}  ({size} bytes)")

@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from actors.home import MIB
 from command.client import Server
 from command.options import DEFAULT_PORT, Json, Port
-from command.output import Output, loss_of, table
+from command.output import Output, loss_of, plain, table
 
 ROLES: Final = ("cell", "engine", "trainer", "checkpoint", "dream", "ingress")
 COLOURS: Final = {"ready": "green", "failed": "red"}
@@ -26,9 +25,9 @@ def status(port: Port = DEFAULT_PORT, is_json: Json = False) -> None:
 def render(found: dict[str, Any]) -> RenderableType:
     """The answer of `/status`, for people; fields that are not there are left out."""
     colour = COLOURS.get(found["state"], "yellow")
-    head = f"[bold]{escape(found.get('model') or 'no model yet')}[/]  [{colour}]{found['state']}[/]"
+    head = f"[bold]{plain(found.get('model') or 'no model yet')}[/]  [{colour}]{found['state']}[/]"
     if found.get("reason"):
-        head += f"  {escape(found['reason'])}"
+        head += f"  {plain(found['reason'])}"
     return Group(head, "", _facts(found), "", _actors(found))
 
 
@@ -50,11 +49,11 @@ def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         public = f"{kept['public_generation']} is public"
         yield "generation", f"{kept['generation']} (version {kept['weights_version']}); {public}"
         if kept.get("paused"):
-            yield "", f"[yellow]nothing can be kept: {escape(kept['paused'])}[/]"
+            yield "", f"[yellow]nothing can be kept: {plain(kept['paused'])}[/]"
     if trainer := found.get("trainer"):
         yield "learning", _learning(trainer)
         if trainer.get("paused"):
-            yield "", f"[yellow]waits: {escape(trainer['paused'])}[/]"
+            yield "", f"[yellow]waits: {plain(trainer['paused'])}[/]"
     if dream := found.get("dream"):
         yield "dreams", _dreaming(dream)
         if dream["proposed"] or dream["unscored"]:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.markup import escape
 
 from actors.errors import SettingsError
 from actors.home import default_home
 from command import experiments, record, run_folder
 from command.client import Unreachable
 from command.options import DEFAULT_PORT, Json, Port, pairs_of
-from command.output import Output, table
+from command.output import Output, plain, table
 from command.record import CellRecord
 from command.run_folder import Run
 from command.runs import client_at, document, to_the_end
@@ -75,7 +74,7 @@ def _list_experiments(output: Output) -> None:
     found = [experiments.find(name) for name in experiments.names()]
     made = table("experiment", "about", "takes")
     for each in found:
-        made.add_row(each.name, escape(each.about), " ".join(each.options))
+        made.add_row(each.name, plain(each.about), " ".join(each.options))
     shown = [
         {
             "name": each.name,

@@ -7,7 +7,6 @@
 The one command that puts all rooms together. Where it can be found, `command/record.py` says.
 """
 
-import json
 import logging
 import os
 import signal
@@ -228,7 +227,7 @@ def _announce(report: Any, clock: Clock, settings: "Settings") -> None:
     trainer = report.trainer
     if clock.is_json:
         facts = {"base": base, "pid": os.getpid(), "model": settings.model}
-        print(json.dumps(facts | {"weights_version": trainer.weights_version}), flush=True)
+        Output.current.show(facts | {"weights_version": trainer.weights_version})
     clock.say(
         f"ready        {trainer.num_tensors} tensors, {trainer.weights_bytes / MIB:.0f} MiB, "
         f"one copy; version {trainer.weights_version}"

@@ -8,18 +8,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from actors.errors import SettingsError
 from command import experiments, record, run_folder, samples
 from command.app import cli, main
 from command.client import Refused, Server, Unreachable, key
-from command.flow import printable
+from command.flow import Flow, printable
 from command.jobs import curve
 from command.record import CellRecord
 from command.run_folder import Run
@@ -27,6 +29,7 @@ from command.run_report import page
 from command.runs import state_of
 from command.version_matrix import MATRIX
 from tests.conftest import free_port
+from tests.terminal import at_terminal
 
 HEAVY = (
     "pydantic",
@@ -351,7 +354,28 @@ def test_the_version_matrix_is_that_of_the_lock_and_of_pyproject() -> None:
 
 
 def test_nothing_that_a_model_writes_commands_the_terminal() -> None:
-    assert printable("a\x1b[2Jb\x07\r\nc\td\u202e") == "a[2Jb\nc\td"
+    assert printable("a\x1b[2Jb\x07\r\nc\td\u202e\u200c") == "a[2Jb\nc\td\u200c"
+
+
+def test_what_cannot_be_undone_is_asked_about_at_a_terminal(tmp_path: Path) -> None:
+    given = os.environ | {"REVERIE_HOME": str(tmp_path), "REVERIE_PORT": str(free_port())}
+    for command in (["forget", "sample-1"], ["rollback", "3"]):
+        with at_terminal([sys.executable, "-m", "command", *command], given) as terminal:
+            terminal.until(r"(Forget sample-1|Undo everything).*\[y/N\]", 60)
+            terminal.press("n\n")
+            assert terminal.wait() == 1 and "no server" not in terminal.shown()
+        sure = reverie(*command, "--yes", **{k: given[k] for k in ("REVERIE_HOME", "REVERIE_PORT")})
+        assert sure.returncode == 3
+
+
+def test_an_answer_is_broken_between_words_under_its_first_column() -> None:
+    console = Console(width=30, file=StringIO())
+    flow = Flow(console, 5, 30)
+    for piece in ("One two thr", "ee four fi", "ve six\nsev", "en"):
+        flow.add(piece)
+    flow.end("(cut off)")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown == "One two three four five\n     six\n     seven  (cut off)\n"
 
 
 def test_the_curve_falls_with_the_loss() -> None:
