@@ -5,6 +5,7 @@ none ('serve run')       --> the cell is asked over Ray, and Serve's application
 """
 
 import logging
+import time
 from typing import Any, Final
 
 import psutil
@@ -17,6 +18,7 @@ from command.options import DEFAULT_PORT, Json, Port, Yes
 from command.output import Output
 from command.record import CellRecord
 
+LOOK_INTERVAL_S: Final = 0.2
 REPORT_TIMEOUT_S: Final = 30
 STOP_TIMEOUT_S: Final = 900
 """As long as `up` itself gives the cell for its last checkpoint."""
@@ -43,13 +45,15 @@ def down(port: Port = DEFAULT_PORT, is_sure: Yes = False, is_json: Json = False)
 def _end(found: CellRecord, process: psutil.Process, output: Output) -> str:
     with output.waiting("stopping: a last checkpoint, then everything else"):
         process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except psutil.TimeoutExpired:
-            raise ReverieError(
-                f"pid={found.pid}: the cell has not ended within {STOP_TIMEOUT_S} s; "
-                "see 'reverie logs', and end that process yourself"
-            ) from None
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        # Not `wait`: a process that has ended, and that its parent has not asked for, is there.
+        while found.process() is not None:
+            if time.monotonic() > deadline:
+                raise ReverieError(
+                    f"pid={found.pid}: the cell has not ended within {STOP_TIMEOUT_S} s; "
+                    "see 'reverie logs', and end that process yourself"
+                )
+            time.sleep(LOOK_INTERVAL_S)
     ended = record.read(default_home(), found.port)
     return (ended.saved if ended is not None else None) or "its process ended without a word"
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from actors.errors import ReverieError, SettingsError
+from actors.errors import BootFailed, ReverieError, SettingsError
 from actors.home import DEFAULT_MODEL, MIB
 from command import record
 from command.options import DEFAULT_PORT, Json, Port, pairs_of
@@ -146,6 +146,11 @@ def serve_until(
         )
     except ConnectionError as error:
         raise SettingsError(f"--ray-address {ray_address}: {error}") from None
+    except Exception as error:  # Of no kind of its own: Ray's processes came up too slowly.
+        reason = str(error).splitlines()[0]
+        raise BootFailed(
+            f"Ray did not start: {reason}; try again, or see 'reverie doctor'"
+        ) from None
     asked_to_stop = _stop_on_signals()  # After Ray, which installs handlers of its own.
     failed, saved = None, "the cell never started"
     this = record.mine(settings.port, settings.host, settings.model, session_of(joined))

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -423,3 +424,20 @@ def test_a_run_whose_ray_is_gone_is_lost_unless_it_could_say_how_it_ended(tmp_pa
     assert state_of(one.stopped(), tmp_path) == "stopped"
     (place / "exit_code").write_text("2\n")
     assert state_of(one, tmp_path) == "failed"
+
+
+def test_down_does_not_wait_for_a_process_that_nobody_reaps(tmp_path: Path) -> None:
+    port = free_port()
+    ends_in_order = "import signal, time; signal.signal(15, lambda *_: exit()); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", ends_in_order])
+    try:
+        begun = psutil.Process(child.pid).create_time()
+        one = CellRecord(port, "127.0.0.1", "m", child.pid, begun, saved="generation 1")
+        record.write(tmp_path, one)
+        given = {"REVERIE_HOME": str(tmp_path), "REVERIE_PORT": str(port)}
+        done = reverie("down", "--yes", "--json", **given)
+        assert json.loads(done.stdout) == {"port": port, "saved": "generation 1"}, done.stderr
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+    finally:
+        child.kill()
+        child.wait(30)
