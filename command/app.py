@@ -30,7 +30,7 @@ from command.keys import keys
 from command.logs import logs
 from command.mirror import mirror, restore
 from command.options import DEFAULT_PORT, Json, Port
-from command.output import Output
+from command.output import Output, plain
 from command.runs import runs
 from command.status import status
 from command.submit import submit
@@ -51,7 +51,7 @@ def demo(
     from command.demo import run
 
     printed, server = Output(is_json), Server(port)
-    printed.show(run(server.base, server.key, lambda text: printed.say(text), picture))
+    printed.show(run(server.base, server.key, lambda text: printed.say(plain(text)), picture))
 
 
 @cli.callback()
