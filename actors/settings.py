@@ -3,7 +3,6 @@
 Imports neither torch nor Ray, so that a command line can read settings in milliseconds.
 """
 
-import os
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,11 +18,10 @@ from pydantic import (
 )
 
 from actors.errors import SettingsError
-
-DEFAULT_MODEL = "smollm2-135m"
-
-GIB = 1024**3
-MIB = 1024**2
+from actors.home import DEFAULT_MODEL as DEFAULT_MODEL
+from actors.home import GIB as GIB
+from actors.home import MIB as MIB
+from actors.home import default_home as default_home
 
 
 class _Group(BaseModel):
@@ -251,11 +249,6 @@ class CellSettings(_Group):
     """Window in which restarts are counted."""
     checkpoint_timeout_s: float = Field(default=600, gt=0)
     """Longest time a checkpoint may take."""
-
-
-def default_home() -> Path:
-    """`REVERIE_HOME`, or `~/.reverie`."""
-    return Path(os.environ.get("REVERIE_HOME") or Path.home() / ".reverie")
 
 
 class Settings(_Group):
