@@ -2,6 +2,7 @@
 
     before the first round: record    the base's answers to the canaries, as likely as it held them
     after each round:       measure   -> faults(base, before, after, budgets) -> () passes
+    a number means another thing than when it was recorded: renew
 
 Knows the live model and the canaries; what follows from a fault is the round's business.
 """
@@ -21,6 +22,9 @@ from actors.dream.model import Answer, LiveModel, Message
 from actors.dream.together import together
 from actors.settings import Budgets
 
+MEASURE: Final = 2
+"""Raised when a number of `Measurement` begins to mean something else: what was recorded under a
+lower one is not compared with. 1 had `pushback` as a share, and facts of 24 tokens."""
 SHORT_TOKENS: Final = 24
 FACT_TOKENS: Final = 40
 """Enough for a base that takes its time, so that becoming brief does not look like learning."""
@@ -68,9 +72,12 @@ class Record:
     """The base: what every later measurement is held against."""
 
     weights_version: int
+    """Of the weights that `measured` is of."""
     answers: tuple[Recorded, ...]
     """One for each canary, in the library's order."""
     measured: Measurement
+    measure: int = MEASURE
+    """What the numbers mean."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +87,9 @@ class Record:
         answers = tuple(
             Recorded(tuple(each["token_ids"]), tuple(each["logprobs"])) for each in row["answers"]
         )
-        return cls(row["weights_version"], answers, Measurement(**row["measured"]))
+        # The first records do not say what they mean.
+        measure = row.get("measure", 1)
+        return cls(row["weights_version"], answers, Measurement(**row["measured"]), measure)
 
 
 @dataclass
@@ -101,6 +110,14 @@ class Gate:
         )
         measured = await self._measure(tuple(answers))
         return Record(weights_version, tuple(answers), measured)
+
+    async def renew(self, record: Record, weights_version: int) -> Record:
+        """The record with numbers that mean what they mean today.
+
+        The base's answers stay, and KL goes on from them. All else is the model's as it is now: of
+        the base it cannot be asked any more, and an old number would let too much pass.
+        """
+        return Record(weights_version, record.answers, await self.measure(record))
 
     async def measure(self, record: Record) -> Measurement:
         """The model as it is now, against the record."""
