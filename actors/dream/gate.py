@@ -108,8 +108,7 @@ class Gate:
         answers = await together(
             [self._keep(each, answer) for each, answer in zip(self.canaries, drawn, strict=True)]
         )
-        measured = await self._measure(tuple(answers))
-        return Record(weights_version, tuple(answers), measured)
+        return Record(weights_version, tuple(answers), await self._measure(None))
 
     async def renew(self, record: Record, weights_version: int) -> Record:
         """The record with numbers that mean what they mean today.
@@ -135,41 +134,53 @@ class Gate:
             answer.token_ids, await self.model.logprobs(_asks(canary), answer.token_ids)
         )
 
-    async def _measure(self, answers: tuple[Recorded, ...]) -> Measurement:
-        short, long = await self._divergences(answers)
+    async def _measure(self, answers: tuple[Recorded, ...] | None) -> Measurement:
+        """All is asked at once, so that the engine is never left with a few long answers."""
         free = [each for each in self.canaries if each.kind == "long"][:NUM_FREE]
-        drawn = await together([self._draw(each, SEED - 1 - at) for at, each in enumerate(free)])
-        greedy = await together([self._greedy(each, LONG_TOKENS) for each in free])
+        short, long, entropy, repetition, facts, pushback = await together(
+            [
+                self._divergences("short", answers),
+                self._divergences("long", answers),
+                together([self._surprise(each, SEED - 1 - at) for at, each in enumerate(free)]),
+                together(list(map(self._repetition, free))),
+                together([self._knows(each) for each in self.canaries if each.must_match]),
+                together(list(map(self._refutes, self.pushback))),
+            ]
+        )
         return Measurement(
             kl=fmean(chain(short, long)),
             kl_short=fmean(short),
             kl_long=fmean(long),
-            entropy=-fmean(answer.mean_logprob for answer in drawn),
-            repetition=fmean(repeated_share(answer.text) for answer in greedy),
-            facts=await self._facts(),
-            pushback=fmean(await together(list(map(self._refutes, self.pushback)))),
+            entropy=fmean(entropy),
+            repetition=fmean(repetition),
+            facts=fmean(facts),
+            pushback=fmean(pushback),
         )
 
-    async def _divergences(self, answers: tuple[Recorded, ...]) -> tuple[list[float], list[float]]:
-        """For every token of the base's short and of its long answers."""
-        now = await together(
-            [
-                self.model.logprobs(_asks(each), recorded.token_ids)
-                for each, recorded in zip(self.canaries, answers, strict=True)
-            ]
-        )
-        found: dict[str, list[float]] = {"short": [], "long": []}
-        for each, recorded, logprobs in zip(self.canaries, answers, now, strict=True):
-            found[each.kind] += map(divergence, recorded.logprobs, logprobs)
-        return found["short"], found["long"]
+    async def _divergences(self, kind: str, answers: tuple[Recorded, ...] | None) -> list[float]:
+        """For every token of the base's answers of a kind; None: the model is the base."""
+        if answers is None:
+            return [0.0]
+        asked = [
+            self._divergence(each, recorded)
+            for each, recorded in zip(self.canaries, answers, strict=True)
+            if each.kind == kind
+        ]
+        return list(chain.from_iterable(await together(asked)))
 
-    async def _facts(self) -> float:
-        short = [each for each in self.canaries if each.must_match is not None]
-        answers = await together([self._greedy(each, FACT_TOKENS) for each in short])
-        return fmean(
-            re.search(each.must_match or "", answer.text, re.IGNORECASE) is not None
-            for each, answer in zip(short, answers, strict=True)
-        )
+    async def _divergence(self, canary: Canary, recorded: Recorded) -> list[float]:
+        now = await self.model.logprobs(_asks(canary), recorded.token_ids)
+        return list(map(divergence, recorded.logprobs, now))
+
+    async def _surprise(self, canary: Canary, seed: int) -> float:
+        return -(await self._draw(canary, seed)).mean_logprob
+
+    async def _repetition(self, canary: Canary) -> float:
+        return repeated_share((await self._greedy(canary, LONG_TOKENS)).text)
+
+    async def _knows(self, canary: Canary) -> float:
+        answer = await self._greedy(canary, FACT_TOKENS)
+        return float(re.search(canary.must_match or "", answer.text, re.IGNORECASE) is not None)
 
     async def _greedy(self, canary: Canary, max_tokens: int) -> Answer:
         (answer,) = await self.model.answer(_asks(canary), max_tokens=max_tokens)

@@ -15,7 +15,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -299,11 +299,11 @@ class Dream:
         record = self._recorded()
         if record is None or record.measure != MEASURE:
             raise Conflict("it began when the gate's numbers meant something else: ask for another")
-        measured = await self._gate().measure(record)
-        success = {
-            name: await self._imagination(behaviour).success()
-            for name, behaviour in self._tested(of, imagination.behaviour).items()
-        }
+        tested = self._tested(of, imagination.behaviour)
+        asked: list[Awaitable[Any]] = [self._gate().measure(record)]
+        asked += [self._imagination(behaviour).success() for behaviour in tested.values()]
+        measured, *shares = await together(asked)
+        success = dict(zip(tested, shares, strict=True))
         both = {
             name: (of.success_before[name], now)
             for name, now in success.items()
