@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.dream import library
+from actors.dream import imagining, library
 from actors.dream import round as rounds
 from actors.dream.behaviour import Behaviour
 from actors.dream.imagining import repeats
@@ -199,6 +199,14 @@ def test_held_out_situations_are_never_learned(story: Story) -> None:
     learned = {m.content for each in story.cell.samples.values() for s in each for m in s.messages}
     assert len(held_out) == 4 and not held_out & learned
     assert len(held_out & set(library.questions())) == 2
+
+
+def test_no_more_situations_are_written_for_testing_than_a_batch_that_is_enough(
+    story: Story,
+) -> None:
+    story.run(story.begin())
+    written = [text for text in story.model.asked if text.endswith("Says:")]
+    assert len(written) == imagining.MIN_BATCH + SETTINGS.scenarios
 
 
 def test_an_answer_is_learned_for_one_situation_only_unless_it_is_a_few_words() -> None:

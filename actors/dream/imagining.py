@@ -71,11 +71,15 @@ class Imagination:
             for at in rng.sample(range(len(questions)), min(len(questions), wanted // 2)):
                 if questions[at] not in known:
                     self._hold_out(f"question-{at}", questions[at], known)
-        numbers = range(self.settings.seed, self.settings.seed + MAX_TRIES * wanted)
-        written = await self._write(numbers, temperature=1.0)
-        for number, text in written.items():
-            if len(known) < wanted and self._fault(text, known) is None:
-                self._hold_out(str(number), text, known)
+        numbers = iter(range(self.settings.seed, self.settings.seed + MAX_TRIES * wanted))
+        while (missing := wanted - len(known)) > 0:
+            some = list(islice(numbers, max(MIN_BATCH, missing)))
+            if not some:
+                break
+            written = await self._write(some, temperature=1.0)
+            for number, text in written.items():
+                if len(known) < wanted and self._fault(text, known) is None:
+                    self._hold_out(str(number), text, known)
         return known
 
     def _hold_out(self, number: str, text: str, known: list[str]) -> None:
