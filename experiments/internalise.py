@@ -40,6 +40,7 @@ from actors.dream import library
 from actors.dream.behaviour import Behaviour
 from actors.dream.checks import failures
 from actors.dream.filters import near_duplicate
+from actors.settings import DEFAULT_MODEL
 from apollo.weights.adopt import adopt
 from experiments.cells import running_cell
 from experiments.internalise_report import draw, table
@@ -283,6 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="or a directory that has it")
     parser.add_argument("--out", type=Path, default=Path("internalise.jsonl"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after them")
@@ -308,7 +310,7 @@ def main() -> None:
     left = [each for each in asked if each not in done]
     deadline = begun + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="reverie-internalise-") as home:
-        directory = adopt("smollm2-135m", Path(home), "float32", say).directory if left else None
+        directory = adopt(options.model, Path(home), "float32", say).directory if left else None
         for variant, seed in left:
             assert directory is not None
             place = options.out.with_suffix("") / f"{variant}-{seed}"
