@@ -15,12 +15,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from statistics import fmean
 from typing import Final
 
 from actors.dream import filters, library, scenario
 from actors.dream.behaviour import Behaviour
 from actors.dream.judge import judge
-from actors.dream.model import Answer, LiveModel, Message, divergence
+from actors.dream.model import Answer, LiveModel, Message
 from actors.dream.records import Item, Round
 from actors.dream.scenario import Seed
 from actors.dream.store import DreamStore
@@ -208,8 +209,8 @@ class Imagination:
         if reason is not None:
             return replace(made, reason=reason)
         asks: list[Message] = [{"role": "user", "content": text}]
-        in_view = self.behaviour.in_view(made.memories)
-        shown, hidden = await divergence(self.model, in_view, asks, answer.text)
+        shown = answer.mean_logprob  # It was written with the instruction in view.
+        hidden = fmean(await self.model.logprobs(asks, answer.token_ids))
         low, high = self.settings.min_divergence, self.settings.max_divergence
         reason = filters.divergence(shown, hidden, low, high)
         return replace(made, shown=shown, hidden=hidden, is_kept=reason is None, reason=reason)
