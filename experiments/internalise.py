@@ -43,7 +43,7 @@ from actors.dream.filters import near_duplicate
 from actors.settings import DEFAULT_MODEL
 from apollo.weights.adopt import adopt
 from experiments.cells import running_cell
-from experiments.internalise_report import draw, table
+from experiments.internalise_report import draw, stages, table
 
 MAX_ROUNDS: Final = 3
 """Of one behaviour; it stops earlier when it rests, or was stopped."""
@@ -322,7 +322,7 @@ def main() -> None:
             with options.out.open("a") as out:
                 out.write(json.dumps(made) + "\n")
             shutil.rmtree(place)
-    print(table(runs))
+    print(table(runs), stages(runs), sep="\n\n")
     if options.plot:
         draw(runs, options.plot)
 
