@@ -186,6 +186,9 @@ class DreamSettings(_Group):
     """Of a round; halved when it is tried again."""
     epochs: int = Field(default=2, ge=1, le=100)
     """Passes over a round's items."""
+    trainer_threads: int = Field(default=2, ge=1, le=256)
+    """Threads of the trainer's arithmetic in them: nobody is answered then, so the engine's core is
+    free as well."""
     is_gated: bool = True
     """Whether a round outside a budget is taken back. Turn it off in experiments only."""
     round_timeout_s: float = Field(default=4 * 3600, gt=0)

@@ -21,20 +21,27 @@ STOP_TIMEOUT_S: Final = 120
 
 
 @contextlib.contextmanager
-def running_cell(directory: Path, settings: Mapping[str, Any]) -> Iterator[str]:
-    """The address of a new cell over a copy of the model; ended and removed afterwards."""
+def running_cell(
+    directory: Path, settings: Mapping[str, Any], home: Path | None = None
+) -> Iterator[str]:
+    """The address of a new cell over a copy of the model; ended and removed afterwards.
+
+    With a `home` it stays there, and the next cell in that home goes on where this one was.
+    """
     port = free_port()
     base = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "command", "up", "--port", str(port)]
     command += ["--model", str(directory)]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
-    with tempfile.TemporaryDirectory(prefix="reverie-experiment-") as home:
-        log = Path(home) / "log"
-        with log.open("w") as out:
+    with tempfile.TemporaryDirectory(prefix="reverie-experiment-") as passing:
+        place = home or Path(passing)
+        place.mkdir(parents=True, exist_ok=True)
+        log = place / "log"
+        with log.open("a") as out:
             process = subprocess.Popen(
                 command,
-                env=os.environ | {"REVERIE_HOME": home},
+                env=os.environ | {"REVERIE_HOME": str(place)},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
