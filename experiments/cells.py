@@ -52,7 +52,7 @@ def running_cell(
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"the cell did not start:\n{log.read_text()}")
                 time.sleep(0.5)
-            with _its_ray(Path(home), port):
+            with _its_ray(place, port):
                 yield base
         finally:
             if process.poll() is None:
