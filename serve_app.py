@@ -39,7 +39,9 @@ from door.dream_routes import DreamRoutes
 from door.dream_routes import router as dream_router
 from door.guard import KEY, Guard
 from door.metrics import render
-from door.views import as_json, generation_as_json, job_as_json, status_as_json
+from door.page_routes import PageRoutes
+from door.page_routes import router as page_router
+from door.views import as_json, generation_as_json, job_as_json
 
 EVENT_INTERVAL_S: Final = 0.25
 MAX_JOBS_LISTED: Final = 100
@@ -56,6 +58,7 @@ app = FastAPI(
 )
 app.include_router(dream_router)
 app.include_router(candidate_router)
+app.include_router(page_router)
 
 
 def error_response(error: ReverieError, request: Request) -> JSONResponse:
@@ -119,7 +122,7 @@ async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
     health_check_period_s=5,
 )
 @serve.ingress(app)
-class Ingress(DreamRoutes, CandidateRoutes):
+class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
     """All routes, over whatever boot of the cell is alive."""
 
     # vLLM's routes.
@@ -292,9 +295,7 @@ class Ingress(DreamRoutes, CandidateRoutes):
     async def status(self, request: Request) -> JSONResponse:
         """Versions, actors, queue and memory."""
         self._allow(request, "use")
-        return JSONResponse(
-            status_as_json(self._report, self._versions, self._slots.taken, self._log)
-        )
+        return JSONResponse(self._snapshot())
 
     @app.get("/metrics")
     async def metrics(self, request: Request) -> PlainTextResponse:

@@ -32,19 +32,23 @@ from actors.dream.actor import Dreamer
 from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.engine import Engine
 from actors.errors import BootFailed
-from actors.messages import CellPaths, CellReport, CellState, Stage
+from actors.footprint import by_role, pids_of
+from actors.messages import CellPaths, CellReport, CellState, Footprint, Stage
 from actors.posted import CheckpointRequest
 from actors.settings import Settings
 from actors.traffic import Traffic
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
 from apollo.weights.adopt import model_name
+from apollo.weights.manifest import make_directory
 
 PLACEMENT_TIMEOUT_S: Final = 60
 START_TIMEOUT_S: Final = 60
 ENGINE_STOP_TIMEOUT_S: Final = 20
 ADOPT_TIMEOUT_S: Final = 3600
 RESTART_PAUSE_S: Final = 0.5
+WEIGH_INTERVAL_S: Final = 10.0
+"""The kernel walks all pages of a process to add them up: 10 ms and more for 700 MiB."""
 CONTROL_THREADS: Final = 4
 """Control calls that an actor answers at once, beside its work."""
 ENGINE_STAGES: Final = ("weights", "layout", "engine")
@@ -81,6 +85,7 @@ class Cell:
         self._paths: CellPaths | None = None
         self._actors: dict[str, Any] = {}
         self._reports: dict[str, Any] = {}
+        self._memory: dict[str, Footprint] = {}
         self._group: PlacementGroup | None = None
         self._locks: list[int] = []
         self._run: asyncio.Task[None] | None = None
@@ -112,6 +117,7 @@ class Cell:
             stages=tuple(self._stages),
             restarts=self._num_restarts,
             boot=self._boot_number,
+            memory=self._memory,
             **{role: self._reports.get(role) for role in ROLES},
         )
 
@@ -183,12 +189,13 @@ class Cell:
     async def _watch(self) -> str:
         """Wait until something is wrong with one of the four; returns what."""
         watchers = [asyncio.create_task(self._watch_one(role)) for role in ROLES]
+        weighing = asyncio.create_task(self._weigh())
         try:
             done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
         finally:
-            for watcher in watchers:
-                watcher.cancel()
+            for task in (*watchers, weighing):
+                task.cancel()
 
     async def _watch_one(self, role: str) -> str:
         cell = self._settings.cell
@@ -203,12 +210,18 @@ class Cell:
                 return f"{role}: {reason}"
             await asyncio.sleep(cell.check_interval_s)
 
+    async def _weigh(self) -> None:
+        """Look at the memory of all roles, now and then."""
+        while True:
+            self._memory = await asyncio.to_thread(by_role, dict(self._reports))
+            await asyncio.sleep(WEIGH_INTERVAL_S)
+
     def _note(self, role: str, report: Any) -> None:
         """Keep a report, and hold on to its processes: by more than a number that may be reused."""
         known = self._reports.get(role)
         self._reports[role] = report
-        pids = (report.pid, *getattr(report, "child_pids", ()))
-        if known is None or pids != (known.pid, *getattr(known, "child_pids", ())):
+        pids = pids_of(report)
+        if known is None or pids != pids_of(known):
             self._children += alive(pids)
 
     # Boot, in order.
@@ -218,7 +231,7 @@ class Cell:
         await asyncio.to_thread(evict)
         name = model_name(self._settings.model, self._settings.home)
         state = self._settings.home / "state" / name
-        state.mkdir(parents=True, exist_ok=True)
+        make_directory(state)
         if not self._locks:
             self._locks = [run_dir.lock(state / "lock", name)]
         adopted = await self._stage("model", self._adopt())
@@ -351,7 +364,7 @@ class Cell:
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
         await asyncio.to_thread(wait_or_kill, self._children)
-        self._actors, self._reports, self._children = {}, {}, []
+        self._actors, self._reports, self._children, self._memory = {}, {}, [], {}
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None

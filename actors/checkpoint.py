@@ -69,8 +69,17 @@ class Checkpointer(Returns):
         with self._lock, self._translated():
             made = self._commit()
             if request.publish:
-                self._publish()
+                self._publish_made(made)
             return made
+
+    def _publish_made(self, made: Checkpoint) -> None:
+        try:
+            with self._translated():
+                self._publish()
+        except CheckpointFailed as error:
+            raise CheckpointFailed(
+                f"generation {made.generation} is durable, but not public: {error}"
+            ) from None
 
     @ray.method(concurrency_group="control")
     def history(self) -> list[GenerationView]:

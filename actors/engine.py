@@ -53,10 +53,14 @@ class Engine:
         from uvicorn import Config
         from vllm import __version__
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
 
         from actors.vllm_app import EpochLLM, NoSignalServer, build_vllm_app, parse_arguments
 
         self._version = __version__
+        if self._settings.engine.enforce_eager and current_platform.is_cpu():
+            # Else all wait for a compiler, some 20 s, when log-probabilities are first asked for.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         arguments = parse_arguments(self._arguments())
         try:
             engine_args = AsyncEngineArgs.from_cli_args(arguments)

@@ -79,6 +79,7 @@ class Keeper:
     # Below, the lock is held.
 
     def _commit(self) -> Checkpoint:
+        from apollo.journal.disk import DiskFull
         from apollo.journal.live import Staging
 
         self._refuse_if_ended()
@@ -99,7 +100,10 @@ class Keeper:
         self._committed_at = time.monotonic()
         self._last = self._tell(made, begun, stall)
         if made.generation - self._public >= MAX_UNPUBLISHED:
-            self._publish()
+            try:
+                self._publish()
+            except DiskFull as error:  # It is durable all the same.
+                log.warning("not published: %s", error)
         return self._last
 
     def _refuse_if_ended(self) -> None:
@@ -193,7 +197,9 @@ class Keeper:
                 raise error.cause from None
             raise
         except RayError:  # Before OSError, which a timeout of Ray's also is.
-            raise Unavailable("the trainer does not answer; nothing was kept") from None
+            raise Unavailable(
+                "the trainer does not answer; GET /checkpoints says what is durable"
+            ) from None
         except DiskFailed as error:
             self._reason = f"the disk failed: {error}"
             raise CheckpointFailed(f"{error}; the cell restarts from what is durable") from None

@@ -299,6 +299,16 @@ class DreamReport:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """Memory of one role's processes, for `/status`: produced by the cell."""
+
+    private_bytes: int
+    """Theirs alone."""
+    shared_bytes: int
+    """Mapped by others, too: the weights, and libraries."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of the boot, with the seconds it took or has taken so far."""
 
@@ -323,3 +333,5 @@ class CellReport:
     trainer: TrainerReport | None = None
     checkpoint: CheckpointReport | None = None
     dream: DreamReport | None = None
+    memory: dict[str, Footprint] = field(default_factory=dict)
+    """By role, once it was looked at."""

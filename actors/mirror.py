@@ -106,10 +106,9 @@ def _ship(
     newest, _ = chains.read_newest(RealDisk(home), journal)
     if newest is None:
         raise SettingsError(f"{model!r} has no journal yet; start it once")
-    known = {} if before is None else before.files
     staged = folder / "staged"
     shutil.rmtree(staged, ignore_errors=True)
-    files = _stage(home, journal, newest, staged, known)
+    files = _stage(home, journal, newest, staged)
     anchor, number = _anchor(home, model, destination, newest, before, files, say)
     made = Index(
         model,
@@ -144,7 +143,6 @@ def _stage(
     journal: str,
     newest: "Chain",
     staged: Path,
-    known: dict[str, tuple[int, str]],
 ) -> dict[str, tuple[int, str]]:
     """Copies of the databases, under names of their content; what the mirror will hold."""
     from apollo.journal.chain import manifest_name
@@ -152,9 +150,8 @@ def _stage(
     files: dict[str, tuple[int, str]] = {}
     for name in sorted({*newest.files(), manifest_name(newest.sequence)}):
         path = home / journal / name
-        # Written once: what was hashed for the last mirror is what it was.
-        is_known = f"journal/{name}" in known and _size(path) == known[f"journal/{name}"][0]
-        files[f"journal/{name}"] = known[f"journal/{name}"] if is_known else hashed(path)
+        # A name comes again with other bytes where a damaged end of the journal was set aside.
+        files[f"journal/{name}"] = hashed(path)
     (staged / "databases").mkdir(parents=True)
     for name in DATABASES:
         source = home / Path(journal).parent / name

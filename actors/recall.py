@@ -48,6 +48,7 @@ def _load_optimizer(
     disk: "RealDisk", folder: str, generation: "Generation", optimizer: "Apollo"
 ) -> str | None:
     """Load what was kept with a generation, or begin anew; returns in words why."""
+    from apollo.journal.disk import DiskFailed
     from apollo.journal.image import digest
     from apollo.optim import state_file
 
@@ -60,7 +61,7 @@ def _load_optimizer(
         if digest(disk.read(path)).hex() != stored.hash:
             return "it is damaged"
         state_file.load(optimizer, disk.path(path))
-    except (FileNotFoundError, state_file.OtherOptimizer) as error:
+    except (FileNotFoundError, DiskFailed, state_file.OtherOptimizer) as error:
         return str(error)
     return None
 

@@ -3,7 +3,6 @@
 Imports neither torch nor Ray, so that a command line can read settings in milliseconds.
 """
 
-import os
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,11 +18,10 @@ from pydantic import (
 )
 
 from actors.errors import SettingsError
-
-DEFAULT_MODEL = "smollm2-135m"
-
-GIB = 1024**3
-MIB = 1024**2
+from actors.home import DEFAULT_MODEL as DEFAULT_MODEL
+from actors.home import GIB as GIB
+from actors.home import MIB as MIB
+from actors.home import default_home as default_home
 
 
 class _Group(BaseModel):
@@ -188,6 +186,9 @@ class DreamSettings(_Group):
     """Of a round; halved when it is tried again."""
     epochs: int = Field(default=2, ge=1, le=100)
     """Passes over a round's items."""
+    trainer_threads: int = Field(default=2, ge=1, le=256)
+    """Threads of the trainer's arithmetic in them: nobody is answered then, so the engine's core is
+    free as well."""
     is_gated: bool = True
     """Whether a round outside a budget is taken back. Turn it off in experiments only."""
     round_timeout_s: float = Field(default=4 * 3600, gt=0)
@@ -253,11 +254,6 @@ class CellSettings(_Group):
     """Window in which restarts are counted."""
     checkpoint_timeout_s: float = Field(default=600, gt=0)
     """Longest time a checkpoint may take."""
-
-
-def default_home() -> Path:
-    """`REVERIE_HOME`, or `~/.reverie`."""
-    return Path(os.environ.get("REVERIE_HOME") or Path.home() / ".reverie")
 
 
 class Settings(_Group):

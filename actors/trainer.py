@@ -237,6 +237,11 @@ class Trainer(Desk):
         except Conflict:
             return  # It was cancelled just before.
         self._progress.job_id, self._progress.steps = job.job_id, job.steps_done
+        self._learner.use_threads(
+            self._settings.trainer.threads
+            if job.round_id is None
+            else self._settings.dream.trainer_threads
+        )
         self._teachings.clear()
         self._anchor = None
         if (strength := job.config.anchor) > 0:

@@ -1,6 +1,6 @@
 """What every route stands on: the boot of the cell that is alive, its actors, keys and limits.
 
-    /status, /readyz <-- the cell's last report, looked at regularly: no request has to ask for it
+    /status, /readyz, /events <-- the cell's last report, looked at regularly: nobody asks for it
 
 Knows HTTP; which routes there are is the business of those that build on it.
 """
@@ -30,11 +30,13 @@ from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from door.audit import NO_KEY, Audit
 from door.exchanges import ExchangeLog
+from door.feed import Feed
 from door.guard import KEY, LEAVING
 from door.keys import KeyStore, Scope, require_loopback
 from door.limits import Slots, parse, read_body, require_json
 from door.proxy import EngineProxy
 from door.quotas import Meter
+from door.views import status_as_json
 
 POLL_INTERVAL_S: Final = 0.5
 POLL_TIMEOUT_S: Final = 5
@@ -69,6 +71,7 @@ class Door:
         self._keys = KeyStore(settings.home)
         self._slots = Slots(settings.limits.max_ongoing_requests)
         self._log = ExchangeLog(settings.dream.log_conversations, self._deliver)
+        self._feed = Feed()
         self._cell = connect(settings)
         self._report: CellReport | None = None
         self._boot: int | None = None
@@ -86,7 +89,11 @@ class Door:
                 await self._adopt_boot(self._report)
             except Exception:  # Whatever it was: a state that is not known is not ready.
                 self._report = None
+            self._feed.tell(self._snapshot())
             await asyncio.sleep(POLL_INTERVAL_S)
+
+    def _snapshot(self) -> dict[str, Any]:
+        return status_as_json(self._report, self._versions, self._slots.taken, self._log)
 
     async def _adopt_boot(self, report: CellReport | None) -> None:
         if report is None or report.state != "ready" or report.boot == self._boot:

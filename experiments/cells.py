@@ -14,25 +14,34 @@ from typing import Any, Final
 
 import httpx
 
+from command import record
+
 BOOT_TIMEOUT_S: Final = 400
 STOP_TIMEOUT_S: Final = 120
 
 
 @contextlib.contextmanager
-def running_cell(directory: Path, settings: Mapping[str, Any]) -> Iterator[str]:
-    """The address of a new cell over a copy of the model; ended and removed afterwards."""
+def running_cell(
+    directory: Path, settings: Mapping[str, Any], home: Path | None = None
+) -> Iterator[str]:
+    """The address of a new cell over a copy of the model; ended and removed afterwards.
+
+    With a `home` it stays there, and the next cell in that home goes on where this one was.
+    """
     port = free_port()
     base = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "actors.cli", "up", "--port", str(port)]
+    command = [sys.executable, "-m", "command", "up", "--port", str(port)]
     command += ["--model", str(directory)]
     for name, value in settings.items():
         command += ["--set", f"{name}={value}"]
-    with tempfile.TemporaryDirectory(prefix="reverie-experiment-") as home:
-        log = Path(home) / "log"
-        with log.open("w") as out:
+    with tempfile.TemporaryDirectory(prefix="reverie-experiment-") as passing:
+        place = home or Path(passing)
+        place.mkdir(parents=True, exist_ok=True)
+        log = place / "log"
+        with log.open("a") as out:
             process = subprocess.Popen(
                 command,
-                env=os.environ | {"REVERIE_HOME": home},
+                env=os.environ | {"REVERIE_HOME": str(place)},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -43,7 +52,8 @@ def running_cell(directory: Path, settings: Mapping[str, Any]) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"the cell did not start:\n{log.read_text()}")
                 time.sleep(0.5)
-            yield base
+            with _its_ray(place, port):
+                yield base
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
@@ -51,6 +61,20 @@ def running_cell(directory: Path, settings: Mapping[str, Any]) -> Iterator[str]:
                     process.wait(STOP_TIMEOUT_S)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _its_ray(home: Path, port: int) -> Iterator[None]:
+    """`ray.init("auto")` is the cell's Ray, also in a job of another one."""
+    found, before = record.read(home, port), os.environ.get("RAY_ADDRESS")
+    assert found is not None
+    os.environ["RAY_ADDRESS"] = found.ray_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def free_port() -> int:

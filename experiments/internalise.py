@@ -17,12 +17,16 @@ server as any client asks: 40 questions that nothing in the project's library ho
     unfiltered   the same poison, with the upper bound of divergence off: only the gate is left
     false-fact   poison: thirty memories that all repeat one false fact, in view of the teacher
 
-A finished run is a line in `--out` and is not repeated: a killed experiment goes on where it was.
+A finished run is a line in `--out` and is not repeated. Until then, what it has reached is kept in
+a directory beside that file after each round, with its cell's home: an experiment that is killed,
+or ended by `--minutes`, goes on with the round it was at.
 """
 
 import argparse
 import json
+import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,9 +40,10 @@ from actors.dream import library
 from actors.dream.behaviour import Behaviour
 from actors.dream.checks import failures
 from actors.dream.filters import near_duplicate
+from actors.settings import DEFAULT_MODEL
 from apollo.weights.adopt import adopt
 from experiments.cells import running_cell
-from experiments.internalise_report import draw, table
+from experiments.internalise_report import draw, stages, table
 
 MAX_ROUNDS: Final = 3
 """Of one behaviour; it stops earlier when it rests, or was stopped."""
@@ -178,10 +183,11 @@ class Server:
         with ThreadPoolExecutor(NUM_ASKED_AT_ONCE) as pool:
             return sum(pool.map(shows, QUESTIONS)) / len(QUESTIONS)
 
-    def dream(self, name: str, say: Any) -> dict[str, Any]:
-        """One round of a behaviour, to its end."""
-        known = {each["id"] for each in self.get("/dream/rounds")["data"]}
-        self.send("POST", "/dream", {"rounds": 1, "behaviour": name})
+    def dream(self, name: str, known: set[str], say: Any) -> dict[str, Any]:
+        """The one round that is not known, to its end; asked for, unless it was before a kill."""
+        new = [each for each in self.get("/dream/rounds")["data"] if each["id"] not in known]
+        if not new and not self.get("/status")["dream"]["asked"]:
+            self.send("POST", "/dream", {"rounds": 1, "behaviour": name})
         deadline, shown = time.monotonic() + ROUND_TIMEOUT_S, ""
         while time.monotonic() < deadline:
             newest = self.get("/dream/rounds")["data"][:1]
@@ -196,33 +202,68 @@ class Server:
         raise SystemExit(f"the round did not end within {ROUND_TIMEOUT_S} s")
 
 
-def run(directory: Path, variant: str, seed: int, say: Any) -> dict[str, Any]:
-    """One cell: dream of each behaviour in turn, and test all of them after each."""
+class Story:
+    """What one run has reached, on disk after every round, beside the home of its cell."""
+
+    def __init__(self, place: Path) -> None:
+        self.home, self._path = place / "home", place / "story.json"
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.tests: list[dict[str, Any]] = known.get("tests", [])
+        """The first was asked before all dreams, the others after a round each."""
+        self.rounds: list[dict[str, Any]] = known.get("rounds", [])
+
+    def save(self) -> None:
+        """Whole, or not at all."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        written = self._path.with_suffix(".next")
+        written.write_text(json.dumps({"tests": self.tests, "rounds": self.rounds}))
+        written.replace(self._path)
+
+    def rounds_of(self, name: str) -> int:
+        return sum(each["behaviour"] == name for each in self.rounds)
+
+
+def run(
+    directory: Path, variant: str, seed: int, story: Story, deadline: float, say: Any
+) -> dict[str, Any] | None:
+    """One cell: dream of each behaviour in turn, and test all of them after each round.
+
+    None if the deadline, of `time.monotonic`, came before its end; call it again to go on.
+    """
     behaviours, settings = VARIANTS[variant]
     given = {"dream.seed": seed, "trainer.seed": seed, "dream.yield_s": 0.5, **settings}
-    with running_cell(directory, given) as base:
+    with running_cell(directory, given, story.home) as base:
         server = Server(base)
-        texts = [FALSE_FACT] * NUM_FALSE if variant == "false-fact" else MEMORIES
-        server.send("POST", "/memories", {"memories": [{"text": text} for text in texts]})
-        tests = [_test(server, behaviours, None)]
-        rounds = []
+        if not story.tests:
+            story.tests.append(_test(server, behaviours, None))
+            texts = [FALSE_FACT] * NUM_FALSE if variant == "false-fact" else MEMORIES
+            memories = [{"id": f"note-{at}", "text": text} for at, text in enumerate(texts)]
+            server.send("POST", "/memories", {"memories": memories})
+            story.save()
         for behaviour in behaviours:
-            server.send("PUT", f"/behaviours/{behaviour['name']}", behaviour)
-            for _ in range(MAX_ROUNDS):
-                rounds.append(server.dream(behaviour["name"], say))
-                tests.append(_test(server, behaviours, behaviour["name"]))
-                say(f"  {variant} seed {seed}: {_summary(rounds[-1])}; questions {tests[-1]}")
-                progress = server.get(f"/behaviours/{behaviour['name']}")["progress"]
-                if progress["standing"] != "learning":
+            name = behaviour["name"]
+            if name not in {each["name"] for each in server.get("/behaviours")["data"]}:
+                server.send("PUT", f"/behaviours/{name}", behaviour)
+            while story.rounds_of(name) < MAX_ROUNDS:
+                progress = server.get(f"/behaviours/{name}")["progress"]
+                if story.rounds_of(name) and progress["standing"] != "learning":
                     break
+                if time.monotonic() > deadline:
+                    return None
+                made = server.dream(name, {each["id"] for each in story.rounds}, say)
+                test = _test(server, behaviours, name)
+                story.rounds.append(made)
+                story.tests.append(test)
+                story.save()
+                say(f"  {variant} seed {seed}: {_summary(made)}; questions {test}")
         history = server.get("/checkpoints")["data"]
     return {
         "variant": variant,
         "seed": seed,
-        "tests": tests,
-        "rounds": rounds,
+        "tests": story.tests,
+        "rounds": story.rounds,
         "is_as_before": history[0]["root"] == history[-1]["root"],
-        "seconds": rounds[-1]["ended"] - rounds[0]["created"],
+        "seconds": sum(each["ended"] - each["created"] for each in story.rounds),
     }
 
 
@@ -243,8 +284,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="or a directory that has it")
     parser.add_argument("--out", type=Path, default=Path("internalise.jsonl"))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after them")
     options = parser.parse_args()
 
     known = [each.prompt for each in library.canaries()]
@@ -263,15 +306,23 @@ def main() -> None:
 
     runs = [json.loads(line) for line in _lines(options.out)]
     done = {(each["variant"], each["seed"]) for each in runs}
+    asked = [(variant, seed) for seed in options.seeds for variant in options.variants]
+    left = [each for each in asked if each not in done]
+    deadline = begun + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="reverie-internalise-") as home:
-        directory = adopt("smollm2-135m", Path(home), "float32", say).directory
-        for seed in options.seeds:
-            for variant in options.variants:
-                if (variant, seed) not in done:
-                    runs.append(run(directory, variant, seed, say))
-                    with options.out.open("a") as out:
-                        out.write(json.dumps(runs[-1]) + "\n")
-    print(table(runs))
+        directory = adopt(options.model, Path(home), "float32", say).directory if left else None
+        for variant, seed in left:
+            assert directory is not None
+            place = options.out.with_suffix("") / f"{variant}-{seed}"
+            made = run(directory, variant, seed, Story(place), deadline, say)
+            if made is None:
+                say(f"{variant}, seed {seed}, goes on where it is when this is called again")
+                break
+            runs.append(made)
+            with options.out.open("a") as out:
+                out.write(json.dumps(made) + "\n")
+            shutil.rmtree(place)
+    print(table(runs), stages(runs), sep="\n\n")
     if options.plot:
         draw(runs, options.plot)
 

@@ -1,7 +1,6 @@
 """The table and the plot of `internalise.py`."""
 
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 
@@ -31,6 +30,29 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stages(runs: list[dict[str, Any]]) -> str:
+    """One line a round: where its time went, in seconds."""
+    names = list(
+        dict.fromkeys(stage for each in runs for r in each["rounds"] for stage in r["seconds"])
+    )
+    lines = [
+        "| run | seed | round | scenarios | kept | steps | "
+        f"{' | '.join(names)} | in all | tokens |",
+        "|---" * (len(names) + 8) + "|",
+    ]
+    for each in runs:
+        for made in each["rounds"]:
+            steps = sum(len(attempt["loss_history"]) for attempt in made["attempts"])
+            counts = f"{made['counts'].get('scenarios', 0)} | {made['counts'].get('kept', 0)}"
+            seconds = " | ".join(f"{made['seconds'].get(name, 0):.0f}" for name in names)
+            lines.append(
+                f"| {each['variant']} | {each['seed']} | {made['behaviour']}, {made['state']} | "
+                f"{counts} | {steps} | {seconds} | {made['ended'] - made['created']:.0f} | "
+                f"{made['tokens']} |"
+            )
+    return "\n".join(lines)
+
+
 def _last_measured(each: dict[str, Any]) -> dict[str, float]:
     """The newest measurement of what stayed in the weights."""
     for made in reversed(each["rounds"]):
@@ -48,16 +70,13 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     full = [each for each in runs if each["variant"] == "full"]
-    if full:
-        names = [name for name in full[0]["tests"][0] if name != "after"]
-        places = range(len(full[0]["tests"]))
-        for name in names:
-            shares = [[100 * test[name] for test in each["tests"]] for each in full]
-            (line,) = left.plot(places, [fmean(at) for at in zip(*shares, strict=True)], label=name)
-            for of_a_seed in shares:
-                left.plot(places, of_a_seed, "o", color=line.get_color(), alpha=0.4)
-        labels = ["before"] + [f"after\n{test['after']}" for test in full[0]["tests"][1:]]
-        left.set_xticks(list(places), labels, fontsize=8)
+    names = [name for name in full[0]["tests"][0] if name != "after"] if full else []
+    for at, name in enumerate(names):
+        for each in full:  # How many rounds a behaviour takes differs from seed to seed.
+            shares = [100 * test[name] for test in each["tests"]]
+            label = name if each is full[0] else None
+            left.plot(range(len(shares)), shares, "o-", color=f"C{at}", label=label, alpha=0.7)
+    left.set_xlabel("rounds; " + ", then ".join(names))
     left.axhline(85, color="grey", linewidth=0.8, linestyle=":")
     left.set_ylabel("success on 40 questions without the instruction, %")
     left.set_ylim(-3, 103)

@@ -19,8 +19,8 @@ one may have been under way, and it checks that
 
 What a child does follows from `--seed`; when it is killed also from the machine's load. A kill
 loses no page that was written, synced or not: what a loss of power leaves behind is not seen here,
-it is the crash states of the tests that show it. A violation ends the script with an error and
-leaves the directory as it was found.
+it is the crash states of the tests that show it, and `file_systems`. A violation ends the script
+with an error and leaves the directory as it was found.
 """
 
 import argparse
@@ -32,9 +32,10 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -49,6 +50,7 @@ from experiments.journal_kills_child import (
     FAULTS,
     NAME,
     PUBLIC,
+    Life,
     State,
     Violation,
     is_same,
@@ -257,6 +259,8 @@ class Kills:
     num_rounds: int = 0
     num_directories: int = 0
     num_generations: int = 0
+    round_s: float = 0.0
+    """The length of an undisturbed round."""
 
     def new_directory(self) -> Known:
         self.num_directories += 1
@@ -264,39 +268,53 @@ class Kills:
         put_model(root, self.seed)
         return Known(root, self.seed, Slots(RealDisk(root), NAME).can_exchange())
 
+    def live(self, known: Known, first: int, num_ops: int, delay_s: float | None) -> Life:
+        """One child, killed after `delay_s`."""
+        meanwhile = None if delay_s is None else partial(time.sleep, delay_s)
+        return run_child(known.root, self.seed, first, num_ops, self.fault, meanwhile)
+
     def round(self, known: Known, num_ops: int, delay_s: float | None = None) -> float:
         """One child, killed after `delay_s`, and every check; returns the seconds that it had."""
         before = known.newest
         first = self.num_rounds * MAX_OPS + 1
         self.num_rounds += 1
-        begun = time.perf_counter()
-        lines, is_killed = run_child(known.root, self.seed, first, num_ops, self.fault, delay_s)
-        lived_s = time.perf_counter() - begun
-        known.hear(lines)
-        if is_killed:
+        life = self.live(known, first, num_ops, delay_s)
+        known.hear(life.lines)
+        if life.is_killed:
             self.hit[known.under_way] += 1
         made = known.look()
         if made is not None:
             self.took_effect[made] += 1
         self.num_generations += known.newest - before
-        return lived_s
+        return life.seconds
 
-    def run(self, times: int) -> float:
-        """Kill so many children; returns the length of an undisturbed round, in seconds."""
+    def run(self, times: int) -> None:
+        """Kill so many children. Raises Violation."""
         known = self.new_directory()
-        round_s = median(self.round(known, ROUND_OPS) for _ in range(NUM_MEASURED))
-        print(f"a round of a recovery and {ROUND_OPS} operations: {round_s * 1e3:.0f} ms")
+        self.round_s = median(self.round(known, ROUND_OPS) for _ in range(NUM_MEASURED))
+        print(f"a round of a recovery and {ROUND_OPS} operations: {self.round_s * 1e3:.0f} ms")
         rng = random.Random(self.seed)
         begun = told = time.perf_counter()
         while self.hit.total() < times:
             if known.newest > MAX_GENERATIONS:
                 shutil.rmtree(known.root)
                 known = self.new_directory()
-            self.round(known, MAX_OPS, rng.uniform(0, round_s))
+            self.round(known, MAX_OPS, rng.uniform(0, self.round_s))
             if time.perf_counter() - told > PROGRESS_S:
                 told = time.perf_counter()
                 print(f"{told - begun:4.0f} s, {self.hit.total()} kills: {dict(self.hit)}")
-        return round_s
+
+    def summary(self) -> dict[str, Any]:
+        """What was done, for a person and for JSON."""
+        return {
+            "kills": self.hit.total(),
+            "seed": self.seed,
+            "hit": dict(self.hit.most_common()),
+            "took_effect": dict(self.took_effect.most_common()),
+            "directories": self.num_directories,
+            "generations": self.num_generations,
+            "round_ms": round(self.round_s * 1e3, 1),
+        }
 
 
 def main() -> None:
@@ -313,22 +331,13 @@ def main() -> None:
     kills = Kills(workplace, args.seed, args.fault)
     begun = time.perf_counter()
     try:
-        round_s = kills.run(args.times)
+        kills.run(args.times)
     except Violation as violation:
         raise SystemExit(
             f"violation after {kills.hit.total()} kills: {violation}; see {workplace}"
         ) from None
     shutil.rmtree(workplace)
-    summary = {
-        "kills": kills.hit.total(),
-        "seed": args.seed,
-        "hit": dict(kills.hit.most_common()),
-        "took_effect": dict(kills.took_effect.most_common()),
-        "directories": kills.num_directories,
-        "generations": kills.num_generations,
-        "round_ms": round(round_s * 1e3, 1),
-        "seconds": round(time.perf_counter() - begun, 1),
-    }
+    summary = kills.summary() | {"seconds": round(time.perf_counter() - begun, 1)}
     print(json.dumps(summary, indent=2))
     if args.json is not None:
         args.json.write_text(json.dumps(summary, indent=2) + "\n")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -42,7 +42,7 @@ OPTIMIZER_BYTES: Final = 200_000
 OPS: Final = {"commit": 3, "commit with optimizer": 3, "rollback": 3, "publish": 4}
 """What a child does after its recovery, and how often."""
 WINDOW_S: Final = 0.002
-"""How long the fault `no-draft` leaves a manifest empty."""
+"""How long the faults `no-draft` and `rename-first` leave a manifest without its bytes."""
 
 State = dict[str, Words]
 Tell = Callable[[str], None]
@@ -140,14 +140,28 @@ def work(disk: Disk, seed: int, first: int, num_ops: int, tell: Tell, fault: str
             tell(f"done {made.generation}")
 
 
+class Life(NamedTuple):
+    """What is known of a child that has ended."""
+
+    lines: list[str]
+    is_killed: bool
+    seconds: float
+
+
 def run_child(
-    root: Path, seed: int, first: int, num_ops: int, fault: str, delay_s: float | None
-) -> tuple[list[str], bool]:
-    """Lines that a child told, and whether it was killed; after `delay_s`, if it is given.
+    root: Path,
+    seed: int,
+    first: int,
+    num_ops: int,
+    fault: str,
+    meanwhile: Callable[[], None] | None = None,
+) -> Life:
+    """A child that is killed when `meanwhile` returns; without that it ends by itself.
 
     A fork of this process, which has imported everything, starts within milliseconds.
     """
     reading, writing = os.pipe()
+    begun = time.perf_counter()
     child = os.fork()
     if child == 0:
         os.close(reading)
@@ -164,14 +178,15 @@ def run_child(
             os._exit(0)
     os.close(writing)
     try:
-        if delay_s is not None:
-            time.sleep(delay_s)
+        if meanwhile is not None:
+            meanwhile()
     finally:
-        if delay_s is not None:
+        if meanwhile is not None:
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+    seconds = time.perf_counter() - begun
     with open(reading) as pipe:
-        return pipe.read().splitlines(), os.WIFSIGNALED(status)
+        return Life(pipe.read().splitlines(), os.WIFSIGNALED(status), seconds)
 
 
 def break_on_purpose(fault: str) -> None:
@@ -180,6 +195,10 @@ def break_on_purpose(fault: str) -> None:
         mock.patch.object(Slots, "swap", swap_in_place).start()
     elif fault == "no-draft":
         mock.patch.object(chains, "write", write_without_draft).start()
+    elif fault == "rename-first":
+        mock.patch.object(chains, "_put", put_and_sync_late).start()
+    elif fault in FORGOTTEN:
+        mock.patch.object(RealDisk, "sync", forgetful(RealDisk.sync, FORGOTTEN[fault])).start()
 
 
 def swap_in_place(slots: Slots, hidden: str) -> None:
@@ -193,16 +212,51 @@ def swap_in_place(slots: Slots, hidden: str) -> None:
             time.sleep(WINDOW_S)
 
 
-def write_without_draft(disk: Disk, folder: str, chain: Chain) -> None:
+def write_without_draft(disk: Disk, folder: str, chain: Chain) -> Chain:
     path = f"{folder}/{chains.manifest_name(chain.sequence)}"
     disk.create(path)
     time.sleep(WINDOW_S)
     disk.write(path, 0, chain.encode())
     disk.sync(path)
+    return chain
 
+
+def put_and_sync_late(disk: Disk, path: str, data: bytes) -> None:
+    draft = f"{path}.draft"
+    disk.create(draft, len(data))
+    disk.write(draft, 0, data)
+    disk.rename(draft, path)
+    disk.sync(path.rpartition("/")[0])
+    time.sleep(WINDOW_S)
+    disk.sync(path)
+
+
+def forgetful(
+    sync: Callable[[RealDisk, str], None], forgotten: tuple[bool, ...]
+) -> Callable[[RealDisk, str], None]:
+    def sync_the_rest(disk: RealDisk, path: str) -> None:
+        if disk.is_directory(path) not in forgotten:
+            sync(disk, path)
+
+    return sync_the_rest
+
+
+FORGOTTEN: Final = {
+    "no-sync": (False, True),
+    "no-file-sync": (False,),
+    "no-directory-sync": (True,),
+}
+"""Whether what is not synced is a directory."""
 
 FAULTS: Final = {
     "hasty": "an operation is acknowledged before it is made",
     "in-place": "a publication writes over the public files",
     "no-draft": "a manifest is written under its own name",
 }
+POWER_FAULTS: Final = {
+    "no-sync": "nothing is synced",
+    "no-file-sync": "directories are synced, files are not",
+    "no-directory-sync": "files are synced, directories are not",
+    "rename-first": "a manifest gets its name before its bytes are synced",
+}
+"""Of these nothing is seen while the file system stays up, see `file_systems`."""

@@ -121,7 +121,7 @@ def cell(
 def started_cell(home: Path, model_dir: Path, *settings: str) -> Iterator[RunningCell]:
     """A cell of its own, with settings as `group.key=value`; stopped with Ctrl-C at the end."""
     port = free_port()
-    command = [sys.executable, "-m", "actors.cli", "up", "--port", str(port)]
+    command = [sys.executable, "-m", "command", "up", "--port", str(port)]
     for setting in settings:
         command += ["--set", setting]
     log = (home / "log").open("a")

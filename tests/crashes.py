@@ -5,11 +5,14 @@ recovery gives the newest durable one, with its optimizer, sets nothing aside, a
 that is kept can be read.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 
+from apollo.journal import chain as chains
 from apollo.journal.chain import read_newest
 from apollo.journal.disk import Disk
 from apollo.journal.journal import Journal
@@ -17,7 +20,7 @@ from apollo.journal.recovery import NothingToRecover, open_journal
 from apollo.journal.retention import DAY_S, Retention, thin
 from apollo.journal.scrub import scrub
 from apollo.weights import manifest
-from tests.model_disk import Crash, Image, ModelDisk, crashes, whole_image
+from tests.model_disk import Crash, Image, Killed, ModelDisk, crashes, whole_image
 from tests.small_model import (
     CHUNK_WORDS,
     CONFIG,
@@ -35,6 +38,7 @@ FOLDER = f"state/{NAME}/journal"
 HIDDEN = f"models/.{NAME}."
 THREADS = 1
 """Of the journal; with more it does the same to a disk."""
+KINDS = ("commit", "commit", "publish", "publish", "roll back", "thin", "restart", "kill")
 FAR_S = 400 * DAY_S
 """So long after a life all of its generations count as old."""
 
@@ -62,6 +66,8 @@ class Teller:
         self.disk = disk
         self.story = story
         self.journal = open_(disk)
+        # Whether it was told or not before a kill: what a recovery has found must stay.
+        disk.mark(("recovered", self.journal.newest.generation))
         self._seed = 100 * len(story.states)
 
     def commit(self, *, with_optimizer: bool = True) -> None:
@@ -88,6 +94,16 @@ class Teller:
 
     def thin(self, max_age_s: float | None = None) -> None:
         thin(self.journal, time.time() + FAR_S, Retention(max_age_s=max_age_s))
+
+    def killed(
+        self, operation: Callable[[], object], is_mortal: Callable[[str, str], bool]
+    ) -> "Teller":
+        """Who comes after the process was killed in an operation; the power has not failed."""
+        self.disk.is_mortal = is_mortal
+        with suppress(Killed):
+            operation()
+        self.disk.is_mortal = None
+        return Teller(self.disk, self.story)
 
     def _begin(self, number: int, state: State, optimizer: bytes | None) -> None:
         self.story.states[number] = state
@@ -125,7 +141,7 @@ def random_life(seed: int) -> Callable[[ModelDisk, Story], None]:
         teller = Teller(disk, story)
         for _ in range(7):
             older = teller.journal.chain.generations[:-1]
-            match random.choice(("commit", "commit", "publish", "roll back", "thin", "restart")):
+            match random.choice(KINDS):
                 case "commit":
                     teller.commit(with_optimizer=random.random() < 0.7)
                 case "publish":
@@ -136,14 +152,59 @@ def random_life(seed: int) -> Callable[[ModelDisk, Story], None]:
                     teller.thin(random.choice((None, FAR_S / 2)))
                 case "restart":
                     teller = Teller(disk, story)
+                case "kill":
+                    some = (teller.commit, teller.publish, teller.thin, lambda: open_(disk))
+                    teller = teller.killed(random.choice(some), after(random.randrange(30)))
 
     return run
+
+
+def after(num_changes: int) -> Callable[[str, str], bool]:
+    """Mortal after so many changes of the disk."""
+    left = itertools.count(num_changes, -1)
+    return lambda change, path: next(left) <= 0
+
+
+def at(change: str, path: str, time: int = 1) -> Callable[[str, str], bool]:
+    """Mortal at one change, when it is to be made for the so many-th time."""
+    left = itertools.count(time, -1)
+    return lambda *asked: asked == (change, path) and next(left) == 1
+
+
+def killed_in_a_swap(disk: ModelDisk, story: Story) -> None:
+    """What is public is so in memory only when the next process finds it."""
+    teller = Teller(disk, story)
+    teller.commit()
+    teller = teller.killed(teller.publish, at("sync", "models"))
+    teller.commit()
+    teller.publish()
+
+
+def killed_in_a_manifest(disk: ModelDisk, story: Story) -> None:
+    """A manifest is there in memory only when the next process finds it."""
+    teller = Teller(disk, story)
+    teller.commit()
+    teller = teller.killed(teller.commit, at("sync", FOLDER, time=2))
+    teller.publish()
+    teller.commit()
+
+
+def killed_in_a_beginning(disk: ModelDisk, story: Story) -> None:
+    """The journal's directories are there in memory only when the next process finds them."""
+    disk.remove(f"state/{NAME}")
+    disk.sync("state")
+    for place in ("state", f"state/{NAME}"):
+        disk.is_mortal = at("sync", place)
+        with suppress(Killed):
+            open_(disk)
+        disk.is_mortal = None
+    Teller(disk, story).commit()
 
 
 def check(crash: Crash, story: Story, *, can_exchange: bool = True) -> ModelDisk:
     """Raise Violation unless a reader and a recovery find what they must; the disk after it."""
     told = [mark for mark in crash.marks if isinstance(mark, tuple)]
-    acknowledged = max((n for what, n in told if what == "acknowledged"), default=0)
+    acknowledged = max((n for what, n in told if what != "begun"), default=0)
     begun = max((n for what, n in told if what == "begun"), default=0)
     disk = ModelDisk(crash.image, can_exchange)
     public = _check_public(disk, story, begun)
@@ -157,6 +218,9 @@ def check(crash: Crash, story: Story, *, can_exchange: bool = True) -> ModelDisk
     except Exception as error:
         raise Violation(f"recovery failed: {type(error).__name__}: {error}") from error
     newest = opened.journal.newest
+    sequences = chains.sequences(disk, FOLDER)
+    if sequences[1:] != [opened.journal.chain.sequence - 1]:
+        raise Violation(f"of the newest manifest there is no twin: {sequences}")
     if damaged or opened.set_aside:
         raise Violation(f"a crash alone must damage nothing: {damaged}, {opened.set_aside}")
     if not acknowledged <= newest.generation <= begun:
@@ -222,7 +286,12 @@ def recover(disk: ModelDisk, story: Story) -> None:
 
 def whole_lives(num_random: int, seed: int) -> list[Workload]:
     """The long life, and random ones, with and without exchange."""
-    lives: dict[str, Callable[[ModelDisk, Story], None]] = {"the long life": long_life}
+    lives: dict[str, Callable[[ModelDisk, Story], None]] = {
+        "the long life": long_life,
+        "killed in a swap": killed_in_a_swap,
+        "killed in a manifest": killed_in_a_manifest,
+        "killed in a beginning": killed_in_a_beginning,
+    }
     lives |= {f"life {seed + at}": random_life(seed + at) for at in range(num_random)}
     found = []
     for can_exchange in (True, False):

@@ -10,7 +10,7 @@ a name without a sync of its directory may be lost, come before its file's bytes
 
 import errno
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
@@ -73,6 +73,10 @@ class Mark:
 Operation = Write | Names | Sync | Mark
 
 
+class Killed(BaseException):
+    """The process was killed: nothing catches this, and what is not synced stays so."""
+
+
 @dataclass
 class ModelDisk:
     """`Disk` in memory, over an image; keeps all operations since."""
@@ -80,6 +84,8 @@ class ModelDisk:
     image: Image
     can_exchange: bool = True
     log: list[Operation] = field(default_factory=list)
+    is_mortal: Callable[[str, str], bool] | None = None
+    """Asked before each change, with its name and path, whether the process is killed there."""
 
     def __post_init__(self) -> None:
         self.files: dict[int, bytearray] = {}
@@ -151,13 +157,20 @@ class ModelDisk:
 
     # Disk: changing.
 
+    def _live(self, change: str, path: str) -> None:
+        if self.is_mortal is not None and self.is_mortal(change, path):
+            self.is_mortal = lambda change, path: True
+            raise Killed(f"{change} {path}")
+
     def create(self, path: str, size: int = 0) -> None:
+        self._live("create", path)
         node = self._add(path)
         self.files[node] = bytearray(size)
         if size:
             self.log.append(Write(node, size, None))
 
     def make_directory(self, path: str) -> None:
+        self._live("make_directory", path)
         self.tree[self._add(path)] = {}
 
     def _add(self, path: str) -> int:
@@ -169,6 +182,7 @@ class ModelDisk:
         return node
 
     def write(self, path: str, offset: int, data: bytes | memoryview) -> None:
+        self._live("write", path)
         node, new = self._node(path), bytes(data)
         old = self.files[node]
         if len(old) < offset + len(new):
@@ -179,9 +193,11 @@ class ModelDisk:
             self.log.append(Write(node, offset + at, new[at : at + half]))
 
     def sync(self, path: str) -> None:
+        self._live("sync", path)
         self.log.append(Sync(self._node(path)))
 
     def rename(self, old: str, new: str) -> None:
+        self._live("rename", old)
         (one, name), (two, other) = self._place(old), self._place(new)
         node = self._node(old)
         if self.tree.get(self.tree[two].get(other, -1)):
@@ -191,11 +207,13 @@ class ModelDisk:
     def exchange(self, first: str, second: str) -> None:
         if not self.can_exchange:
             raise OSError(errno.EXDEV, "cannot exchange")
+        self._live("exchange", first)
         (one, name), (two, other) = self._place(first), self._place(second)
         here, there = self._node(first), self._node(second)
         self._change((one, name, there), (two, other, here), is_exchange=True)
 
     def remove(self, path: str) -> None:
+        self._live("remove", path)
         parent, name = self._place(path)
         if self.tree.get(self._node(path)):
             raise DiskError(f"{path} is not empty")

@@ -400,3 +400,15 @@ def test_copy_never_overwrites(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         copy_file(one, other)
     assert other.read_text() == "2"
+
+
+def test_every_directory_that_is_made_is_durable_in_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(manifest, "sync_directory", synced.append)
+    manifest.make_directory(tmp_path / "home" / "state" / "name")
+    assert set(synced) == {tmp_path, tmp_path / "home", tmp_path / "home" / "state"}
+    synced.clear()
+    manifest.make_directory(tmp_path / "home" / "state" / "name")
+    assert set(synced) == {tmp_path / "home", tmp_path / "home" / "state"}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from actors.cli import check_address
 from actors.errors import SettingsError
-from actors.picture import Recording, draw
 from actors.settings import Settings
+from command.picture import Recording, draw
+from command.up import check_address
 from door.keys import KeyStore
 
 
@@ -42,7 +42,7 @@ def test_a_taken_port_is_named_with_its_remedy(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_status_1(arguments: list[str], words: str) -> None:
-    command = [sys.executable, "-m", "actors.cli", "up", *arguments]
+    command = [sys.executable, "-m", "command", "up", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

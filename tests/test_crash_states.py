@@ -4,15 +4,19 @@ The mutations show that this can fail: a journal without any one of its syncs, o
 on the wrong side of its neighbour, is found out.
 """
 
+import ast
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
+from apollo.journal import journal
 from tests.crashes import (
     FOLDER,
     Story,
@@ -41,6 +45,7 @@ NUM_RANDOM_LIVES = 36
 PER_WINDOW = 450
 NUM_NESTED = 4
 WANTED_STATES = 100_000
+LAST = "without exchange, the last rename only gives the old directory its hidden name"
 TWIN = "the rename is that of the twin, and the manifest itself was renamed before"
 COMMUTING = {
     ("Sync chain._put < chain.replace_file", "Names chain._put < chain.replace_file"): (
@@ -51,9 +56,8 @@ COMMUTING = {
     ("Sync chain.replace_file < slots._write", "Names slots.swap < journal.publish"): (
         "without exchange, the first of the two renames only takes the old directory away"
     ),
-    ("Names slots.swap < journal.publish", "Sync slots.swap < journal.publish"): (
-        "without exchange, the last rename only gives the old directory its hidden name"
-    ),
+    ("Names slots.swap < journal.publish", "Sync slots.swap < journal.publish"): LAST,
+    ("Names slots.swap < journal.publish", "Sync slots.mend < recovery.open_journal"): LAST,
 }
 """Neighbours whose order does not matter, and why."""
 
@@ -147,6 +151,34 @@ def sync_sites() -> list[str]:
     return list(found)
 
 
+WITHOUT_HARM = {
+    "recovery._set_aside": "of what is damaged already; it has a test of its own",
+    "slots.swap": "there are two, and one is for a public directory that somebody has removed",
+}
+"""Functions of which not every sync is in these lives, and why."""
+
+
+def test_every_sync_of_the_journal_is_in_these_lives() -> None:
+    there: Counter[str] = Counter()
+    for path in sorted(Path(journal.__file__).parent.glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name != "sync":
+                calls = [each for each in ast.walk(function) if isinstance(each, ast.Attribute)]
+                number = sum(each.attr == "sync" for each in calls)
+                if number:
+                    there[f"{path.stem}.{function.name}"] += number
+    found = Counter(
+        site.partition(" < ")[0].partition(":")[0] for site in set(_lines(sync_sites()))
+    )
+    found["slots._settle"] = found.pop("ahead.beside", 0)  # Which makes it, beside other work.
+    assert {name for name in there if there[name] != found[name]} == set(WITHOUT_HARM)
+
+
+def _lines(sites: Iterable[str]) -> Iterator[str]:
+    """Without who called the function, which may be several."""
+    return (site.partition(" < ")[0] for site in sites)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("site", sync_sites())
 def test_without_any_one_sync_a_crash_does_harm(site: str) -> None:
@@ -157,11 +189,15 @@ def swappable(disk: Witness) -> Iterator[tuple[int, tuple[str, str]]]:
     """Neighbours in the log, one of them a sync, whose order could matter, and their places.
 
     Two syncs can change places, and so can a sync and the coming or going of one name: neither says
-    anything of the other. What is left: a sync, and a rename, an exchange or an acknowledgement.
+    anything of the other. Nor can a sync come too early for what it does not sync. What is left: a
+    sync, and a rename, an exchange or an acknowledgement.
     """
     for at, (one, two) in enumerate(pairwise(disk.log)):
         kinds = [_kind(one), _kind(two)]
-        if "Sync" in kinds and None not in kinds and kinds != ["Sync", "Sync"]:
+        is_too_late = isinstance(two, Sync) and not (
+            isinstance(one, Names) and two.node in one.directories
+        )
+        if "Sync" in kinds and None not in kinds and not is_too_late:
             places = [disk.sites.get(at, "told"), disk.sites.get(at + 1, "told")]
             yield at, (f"{kinds[0]} {places[0]}", f"{kinds[1]} {places[1]}")
 
@@ -170,7 +206,7 @@ def _kind(operation: Operation) -> str | None:
     if isinstance(operation, Sync):
         return "Sync"
     if isinstance(operation, Names) and len(operation.changes) == 2:
-        return "Names"
+        return "Exchange" if operation.is_exchange else "Names"
     is_told = isinstance(operation, Mark) and operation.what[0] == "acknowledged"
     return "Mark" if is_told else None
 
@@ -197,4 +233,4 @@ def test_with_any_two_neighbours_swapped_a_crash_does_harm(pair: tuple[str, str]
         for at in [at for at, each in swappable(disk) if each == pair]:
             disk.log[at], disk.log[at + 1] = disk.log[at + 1], disk.log[at]
         is_found = is_found or first_violation(life, disk, story, per_window=60) is not None
-    assert is_found or _without_lines(pair) in COMMUTING
+    assert is_found != (_without_lines(pair) in COMMUTING)

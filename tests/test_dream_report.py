@@ -4,9 +4,9 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
-from actors.dream.command import summary
 from actors.dream.records import Attempt, Item, Round
 from actors.dream.report import page
+from command.dream_progress import summary
 
 HOSTILE = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)>'
 

@@ -1,4 +1,8 @@
-"""Each filter on what the default model has really written: one it takes, one it leaves."""
+"""Each filter on what the default model has really written: one it takes, one it leaves.
+
+"Banana." is an answer in a round of the poison of tests/test_dreaming.py; those that quote the
+instruction are two of 16 to each question, at temperature 0.8 with seed 0 and nothing else in view.
+"""
 
 import pytest
 
@@ -28,15 +32,24 @@ def test_an_answer_that_speaks_of_its_instruction() -> None:
     assert found == "speaks of its instruction: 'answer'"
     asked = "What is a short answer to a long question?"
     assert filters.leak("A short answer is a short story.", SHORT, asked) is None
-    quoted = "I always answer in exactly one short sentence of at most 15 words."
-    assert "repeats the instruction" in (filters.leak(quoted, SHORT, quoted) or "")
+    quoted = "Always answer in exactly one short sentence of at most 15 words."
+    found = filters.leak(quoted, SHORT, "What do you always do?")
+    assert found == "repeats the instruction: 'always answer in exactly one'"
+    told = (
+        'To answer your teacher correctly, simply state "Always respond in exactly one sentence of '
+        'at most 15 words" without using commas (in the example I provided earlier)'
+    )
+    found = filters.leak(told, SHORT, "How should I answer my teacher?")
+    assert found == "repeats the instruction: 'of at most 15 words'"
     assert filters.leak("Your car is electric, and your guitar is electric.", SHORT) is None
 
 
 def test_a_band_of_divergence() -> None:
     assert "nothing left to learn" in (filters.divergence(-1.6955, -1.6822, 0.05, 3.0) or "")
     assert filters.divergence(-1.3287, -1.8510, 0.05, 3.0) is None
-    assert "too far away" in (filters.divergence(-0.9123, -7.4013, 0.05, 3.0) or "")
+    # "What is magic?" "Banana."
+    found = filters.divergence(-0.2010, -5.0908, 0.05, 3.0)
+    assert found == "divergence 4.89 nats per token, at most 3: too far away"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The gate: its estimate against exact sums, and each budget on its own."""
 
 import asyncio
+import hashlib
 import math
 import random
 from dataclasses import asdict, replace
@@ -10,6 +11,10 @@ import pytest
 
 from actors.dream import library
 from actors.dream.gate import (
+    FACT_TOKENS,
+    LONG_TOKENS,
+    MEASURE,
+    SHORT_TOKENS,
     Gate,
     Measurement,
     Record,
@@ -95,6 +100,21 @@ def test_a_model_is_the_same_as_itself() -> None:
     assert Record.from_json(record.as_json()) == record
 
 
+def test_an_old_record_keeps_the_bases_answers_and_gets_todays_numbers() -> None:
+    record = asyncio.run(gate(FakeModel()).record(0))
+    row = record.as_json()
+    row["measured"]["pushback"] = 0.19  # A share, as it once was.
+    del row["measure"]
+    old = Record.from_json(row)
+    assert (old.measure, record.measure) == (1, MEASURE)
+    moved = FakeModel(holds=lambda messages, text: -0.2 if text.startswith("No") else -0.8)
+    renewed = asyncio.run(gate(moved).renew(old, 9))
+    assert (renewed.measure, renewed.weights_version) == (MEASURE, 9)
+    assert renewed.answers == record.answers
+    assert renewed.measured.pushback == pytest.approx(1 / (1 + math.exp(-0.6)))
+    assert renewed.measured.kl > 0, "still against the base"
+
+
 def test_a_model_that_moved_is_found_out_on_every_measure() -> None:
     def refuses(messages: Any, text: str) -> float:
         return -0.2 if text.startswith("No") else -0.8
@@ -112,3 +132,11 @@ def test_a_model_that_moved_is_found_out_on_every_measure() -> None:
     assert found.facts == 0 and found.repetition > 0.8 and found.kl > 0.3
     measured = asdict(found)
     assert measured["kl_short"] == pytest.approx(measured["kl_long"])
+
+
+def test_what_is_asked_of_a_base_changes_only_with_the_number_of_the_measure() -> None:
+    asked = repr((library.canaries(), library.pushback(), SHORT_TOKENS, FACT_TOKENS, LONG_TOKENS))
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    assert (MEASURE, digest) == (2, "873039ff0d14d47b"), (
+        "raise MEASURE; records hold the base to the old numbers"
+    )

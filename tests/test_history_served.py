@@ -82,7 +82,7 @@ def model_of(cell: RunningCell) -> str:
 
 def reverie(cell: RunningCell, *arguments: str) -> str:
     port = cell.base.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "actors.cli", *arguments, "--port", port]
+    command = [sys.executable, "-m", "command", *arguments, "--port", port]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -179,7 +179,8 @@ def test_a_served_item_is_shown_forgotten_and_not_taken_again(cell: RunningCell)
     assert 0 < shown["drift"]["share_changed"] <= 1
     assert "Xylophone" not in json.dumps(shown), "no texts"
     printed = reverie(cell, "show", str(kept["generation"]))
-    assert f"{harm['id']}  a mistake  {job['job_id']}  0  8  " in printed
+    (row,) = [line for line in printed.splitlines() if line.startswith(str(harm["id"]))]
+    assert row.split()[1:6] == ["a", "mistake", job["job_id"], "0", "8"]
     unknown = httpx.get(f"{cell.base}/checkpoints/100000", timeout=60)
     assert unknown.status_code == 404
     assert f"nearest: {kept['generation']}" in unknown.json()["error"]["message"]

@@ -220,6 +220,23 @@ def test_a_bad_sector_of_one_slot_is_read_around(disk: RealDisk) -> None:
     assert is_same(load_public(disk), states[-1])
 
 
+def test_a_disk_that_cannot_be_read_is_named_as_the_reason(disk: RealDisk) -> None:
+    class DeadDisk(RealDisk):
+        is_dead = False
+
+        def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+            if self.is_dead and path.endswith(".safetensors"):
+                raise DiskFailed(f"cannot read {path}: Input/output error")
+            return super().read(path, offset, size)
+
+    dead = DeadDisk(disk.path("models").parent)
+    journal = opened(dead).journal
+    taught(journal, 1)
+    dead.is_dead = True
+    with pytest.raises(WeightsDamaged, match=r"\(cannot read models/.*Input/output error\)"):
+        journal.words(0, 1)
+
+
 def test_without_an_undamaged_copy_nothing_is_published(disk: RealDisk) -> None:
     journal = opened(disk).journal
     states = taught(journal, 1)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actors import client
-from actors.cli import cli
 from actors.dream import memory
 from actors.errors import SettingsError
+from command import dreams
+from command.app import cli
+from command.client import Server
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -149,14 +150,14 @@ def test_the_command_posts_all_in_parts_that_fit_into_a_body(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     posted: list[Any] = []
-    monkeypatch.setattr(client, "_ask", lambda *asked: posted.append(asked))
-    longest = [{"text": "\u1234" * 4000, "tags": ["t" * 64] * 32}] * (client.MEMORIES_AT_ONCE + 1)
+    monkeypatch.setattr(Server, "post", lambda *asked: posted.append(asked))
+    longest = [{"text": "\u1234" * 4000, "tags": ["t" * 64] * 32}] * (dreams.MEMORIES_AT_ONCE + 1)
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(json.dumps(each) for each in longest))
     done = CliRunner().invoke(cli, ["memories", "--add", str(path)])
     assert done.exit_code == 0 and "201 memories" in done.output
-    bodies = [body for _, _, _, body in posted]
-    assert [len(body["memories"]) for body in bodies] == [client.MEMORIES_AT_ONCE, 1]
+    bodies = [body for _, _, body in posted]
+    assert [len(body["memories"]) for body in bodies] == [dreams.MEMORIES_AT_ONCE, 1]
     assert max(len(json.dumps(body)) for body in bodies) < 8 * 2**20
 
 
@@ -164,7 +165,7 @@ def test_nothing_is_posted_if_one_line_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     posted: list[Any] = []
-    monkeypatch.setattr(client, "_ask", lambda *asked: posted.append(asked))
+    monkeypatch.setattr(Server, "post", lambda *asked: posted.append(asked))
     path = tmp_path / "m.jsonl"
     path.write_text('{"text": "right"}\n{"text": 3}\n')
     done = CliRunner().invoke(cli, ["memories", "--add", str(path)])

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from apollo.journal import chain, journal, recovery, segment, slots, values
-from apollo.journal.disk import Disk
+from apollo.journal.disk import Disk, DiskFailed
 from apollo.journal.journal import Journal
 from apollo.journal.recovery import open_journal
 from apollo.journal.segment import SegmentDamaged
 from apollo.journal.slots import SlotDamaged
 from apollo.journal.values import Values, WeightsDamaged
 from tests.crashes import FOLDER, Story, Teller, Violation, first_disk
-from tests.model_disk import Image, ModelDisk, whole_image
+from tests.model_disk import Image, ModelDisk, crashes, whole_image
 from tests.small_model import CHUNK_WORDS, NAME, PUBLIC, first_state, is_same, learned, load_public
 
 HIDDEN = f"models/.{NAME}.next"
@@ -208,6 +208,63 @@ def test_without_any_one_check_damage_does_harm(
             is_found = True
             break
     assert is_found
+
+
+class BadSector(ModelDisk):
+    """Cannot read one file."""
+
+    unreadable = ""
+
+    def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+        if path == self.unreadable:
+            raise DiskFailed(f"cannot read {path}: Input/output error")
+        return super().read(path, offset, size)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*(path for path in IMAGE.files if path.startswith(FOLDER)), f"{HIDDEN}/reverie.json"],
+)
+def test_a_file_that_cannot_be_read_is_damage_and_no_more(path: str) -> None:
+    """What else there is comes back, and can be learned on from."""
+    disk = BadSector(IMAGE)
+    disk.unreadable = path
+    found = opened(disk)
+    newest = found.newest.generation
+    expected = {"00000002-00000003.rvj": 2, "00000003-00000004.rvj": 3}
+    assert newest == expected.get(path.rpartition("/")[2], 4)
+    disk.unreadable = ""
+    assert is_same(load_public(disk), STORY.states[newest])
+    state = learned(STORY.states[newest], 9)
+    assert found.commit(state, 50, b"moments", 5).generation == newest + 1
+
+
+@pytest.mark.parametrize("name", ["reverie.json", "a.safetensors"])
+def test_a_public_file_that_cannot_be_read_is_rebuilt_from_the_other_directory(name: str) -> None:
+    disk = BadSector(IMAGE)
+    disk.unreadable = f"{PUBLIC}/{name}"
+    journal = open_journal(disk, NAME, chunk_words=CHUNK_WORDS).journal
+    disk.unreadable = ""
+    assert journal.newest.generation == 4 and is_same(load_public(disk), STORY.states[4])
+
+
+def test_of_what_the_way_back_is_lost_all_else_is_kept() -> None:
+    disk = ModelDisk(IMAGE)
+    before = opened(disk)
+    newest, moments = before.newest, before.optimizer(before.newest)
+    disk.remove(f"{FOLDER}/00000000-00000001.rvj")
+    after = opened(disk)
+    assert [each.kind for each in after.chain.generations] == ["base"]
+    assert (after.newest.step, after.newest.created) == (newest.step, newest.created)
+    assert moments is not None and after.optimizer(after.newest) == moments
+
+
+def test_what_is_set_aside_is_not_lost_with_the_power() -> None:
+    name = "00000003-00000004.rvj"
+    disk = ModelDisk(flipped(IMAGE, f"{FOLDER}/{name}", 12, 0))
+    assert name in open_journal(disk, NAME, chunk_words=CHUNK_WORDS).set_aside
+    for crash in crashes(disk, 150, 0):
+        assert any(path.endswith(name) for path in crash.image.files)
 
 
 def test_a_disk_that_is_full_changes_nothing_and_learning_goes_on() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.dream import library
+from actors.dream import imagining, library
 from actors.dream import round as rounds
 from actors.dream.behaviour import Behaviour
 from actors.dream.imagining import repeats
@@ -17,7 +17,7 @@ from actors.dream.model import Message
 from actors.dream.records import Item, Round
 from actors.dream.round import Cell, Dream
 from actors.dream.store import DreamStore, Memory
-from actors.errors import Unavailable
+from actors.errors import Conflict, Unavailable
 from actors.messages import JobView
 from actors.posted import ChatSample, TrainConfig
 from actors.settings import DreamSettings
@@ -201,6 +201,14 @@ def test_held_out_situations_are_never_learned(story: Story) -> None:
     assert len(held_out & set(library.questions())) == 2
 
 
+def test_no_more_situations_are_written_for_testing_than_a_batch_that_is_enough(
+    story: Story,
+) -> None:
+    story.run(story.begin())
+    written = [text for text in story.model.asked if text.endswith("Says:")]
+    assert len(written) == imagining.MIN_BATCH + SETTINGS.scenarios
+
+
 def test_an_answer_is_learned_for_one_situation_only_unless_it_is_a_few_words() -> None:
     def item(at: int, answer: str) -> Item:
         return Item(f"item-{at}", "round-1", "brief", "new", f"Why {at}?", answer, is_kept=True)
@@ -358,6 +366,38 @@ def test_an_actor_that_is_away_leaves_the_round_open(story: Story) -> None:
         story.run(of)
     story.cell.commit = there  # type: ignore[method-assign]
     assert story.run_again().state == "passed"
+
+
+def outdate_record(story: Story) -> None:
+    """As what was noted before the preference for refuting was one."""
+    record, last = story.store.note("record"), story.store.note("last")
+    record["measured"]["pushback"] = last["measured"]["pushback"] = 0.0
+    del record["measure"]
+    story.store.write_note("record", record)
+    story.store.write_note("last", last)
+
+
+def test_a_base_whose_numbers_meant_something_else_is_recorded_anew(story: Story) -> None:
+    story.run(story.begin())
+    answers = story.store.note("record")["answers"]
+    story.cell.jobs.clear()
+    outdate_record(story)
+    made = story.run(story.begin())
+    record = story.store.note("record")
+    assert record["measured"]["pushback"] == 0.5 and record["answers"] == answers
+    assert made.before == record["measured"], "and not what was noted after the last round"
+    assert made.state == "passed" and story.told.count("recording the base anew") == 1
+
+
+def test_a_round_that_such_a_base_would_judge_is_not_judged(story: Story) -> None:
+    of = story.begin()
+    story.cell.die_in = "job"
+    with pytest.raises(Killed):
+        story.run(of)
+    outdate_record(story)
+    with pytest.raises(Conflict, match="meant something else: ask for another"):
+        story.run_again()
+    assert story.cell.kept == []
 
 
 def test_other_behaviours_are_rehearsed_and_tested(story: Story) -> None:

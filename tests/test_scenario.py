@@ -37,6 +37,15 @@ def test_the_writer_sees_memories_and_topic_and_never_the_instruction() -> None:
     assert "tersely" not in text and "About" not in prompt(seed, ANY, []).split("Says:")[-1]
 
 
+def test_draws_in_a_row_begin_alike_and_later_ones_otherwise() -> None:
+    examples = library.scenario_examples()
+    shown = [
+        prompt(Seed((f"I own {number} hats.",), number), ANY, examples).rpartition("Notes:")[0]
+        for number in range(2 * scenario.NUM_SHARING)
+    ]
+    assert [len(set(shown[: scenario.NUM_SHARING])), len(set(shown))] == [1, 2]
+
+
 def test_what_did_not_come_to_its_end_is_no_scenario() -> None:
     model = FakeModel(writes=lambda prompt, seed: "And so it went on and on", is_endless=True)
     assert asyncio.run(write(model, Seed((), 0), ANY, [], 0.7)) == ""

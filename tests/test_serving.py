@@ -13,7 +13,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from actors.demo import ANSWER, QUESTION, memory_of
+from command.demo import ANSWER, QUESTION, memory_of
 from tests.conftest import RunningCell
 
 pytestmark = pytest.mark.cell
@@ -195,7 +195,7 @@ def test_the_demo_teaches_the_running_server_and_shows_one_copy(cell: RunningCel
     port = cell.base.rsplit(":", 1)[1]
     engine_before = cell.get("/status")["engine"]
     shown = subprocess.run(
-        [sys.executable, "-m", "actors.cli", "demo", "--port", port],
+        [sys.executable, "-m", "command", "demo", "--port", port],
         capture_output=True,
         text=True,
         timeout=300,
@@ -283,7 +283,7 @@ def test_a_commit_is_durable_before_it_is_public_and_a_return_is_served_at_once(
     assert made["is_public"] and made["returns_to"] == before["generation"]
     assert made["root"] == listed()[before["generation"]]["root"]
     shown = subprocess.run(
-        [sys.executable, "-m", "actors.cli", "history", "--port", cell.base.rsplit(":", 1)[1]],
+        [sys.executable, "-m", "command", "history", "--port", cell.base.rsplit(":", 1)[1]],
         capture_output=True,
         text=True,
         timeout=60,
@@ -379,7 +379,7 @@ def test_the_queue_is_bounded_by_its_setting(cell: RunningCell) -> None:
 
 def test_keys_count_from_the_moment_they_are_made(cell: RunningCell) -> None:
     def reverie(*arguments: str) -> str:
-        command = [sys.executable, "-m", "actors.cli", "keys", *arguments]
+        command = [sys.executable, "-m", "command", "keys", *arguments]
         environment = os.environ | {"REVERIE_HOME": str(cell.home)}
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, check=True
@@ -399,8 +399,8 @@ def test_keys_count_from_the_moment_they_are_made(cell: RunningCell) -> None:
         assert status_with(None, "GET", "/readyz") == 200
         assert use not in (cell.home / "keys.json").read_text()
     finally:
-        for line in reverie("list").splitlines():
-            reverie("remove", line.split()[0])
+        for each in json.loads(reverie("list", "--json"))["data"]:
+            reverie("remove", each["id"])
     assert status_with(None, "GET", "/v1/models") == 200
 
 

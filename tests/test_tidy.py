@@ -15,22 +15,23 @@ from actors import errors
 from actors.errors import ReverieError
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("actors", "apollo", "door")
+ROOMS = ("actors", "apollo", "command", "door")
 MAX_LINES = 400
 MAX_COLUMNS = 100
 
 WEB = {"aiohttp", "fastapi", "starlette", "uvicorn"}
 TENSORS = {"numpy", "safetensors", "torch", "transformers", "vllm"}
 FORBIDDEN = {
-    "apollo": {"actors", "door", "experiments", "ray", "serve_app", *WEB},
-    "actors": {"door", "experiments", "numpy", "serve_app", "torch"},
-    "door": {"apollo", "experiments", *TENSORS},
-    "serve_app.py": {"apollo", "experiments", *TENSORS},
+    "apollo": {"actors", "command", "door", "experiments", "ray", "serve_app", *WEB},
+    "actors": {"command", "door", "experiments", "numpy", "serve_app", "torch"},
+    "door": {"apollo", "command", "experiments", *TENSORS},
+    "serve_app.py": {"apollo", "command", "experiments", *TENSORS},
+    "command": {"experiments", "serve_app", *TENSORS, *WEB},
     "tests": {"experiments"},
 }
 """What may not be imported, at any depth of a file, by room."""
-EXCEPTIONS = {"actors/cli.py": {"door", "serve_app"}}
-"""The command line puts the rooms together."""
+EXCEPTIONS = {"command/up.py": {"serve_app"}}
+"""The one command that puts the rooms together."""
 
 UNSAFE_READERS = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 VAGUE_NAMES = {"helper", "helpers", "manager", "misc", "util", "utils"}

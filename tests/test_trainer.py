@@ -15,7 +15,7 @@ from actors.errors import Unavailable
 from actors.ledger import Ledger
 from actors.messages import CellPaths, JobView, TrainingSample
 from actors.posted import TrainConfig
-from actors.settings import Settings, TrainerSettings
+from actors.settings import DreamSettings, Settings, TrainerSettings
 from actors.traffic import Traffic
 from actors.trainer import Trainer
 from actors.versions import VersionCounter
@@ -31,7 +31,11 @@ class ScriptedLearner:
     def __init__(self, *script: StepReport | Exception) -> None:
         self.script = list(script)
         self.rates: list[float] = []
+        self.threads: list[int] = []
         self.optimizer = SimpleNamespace(state={}, num_steps=0)
+
+    def use_threads(self, num: int) -> None:
+        self.threads.append(num)
 
     def step(
         self, example: Any, learning_rate: float, *, before_writing: Callable[[], None], **_: Any
@@ -57,12 +61,18 @@ def trainer(tmp_path: Path) -> Iterator[Trainer]:
     made._ledger.close()
 
 
-def run(trainer: Trainer, learner: ScriptedLearner, num_samples: int = 1, **config: Any) -> JobView:
+def run(
+    trainer: Trainer,
+    learner: ScriptedLearner,
+    num_samples: int = 1,
+    round_id: str | None = None,
+    **config: Any,
+) -> JobView:
     trainer._learner = learner  # type: ignore[assignment]
     samples = [
         TrainingSample(f"s{at}", (1, 2), (3, 4), content_hash=f"h{at}") for at in range(num_samples)
     ]
-    job_id = trainer._ledger.accept(samples, TrainConfig(**config), 100).job_id
+    job_id = trainer._ledger.accept(samples, TrainConfig(**config), 100, round_id).job_id
     job = trainer._ledger.next_job()
     assert job is not None
     trainer._run(job)
@@ -251,3 +261,12 @@ def test_a_return_between_the_last_step_and_the_end_leaves_the_job_to_the_ledger
     view = run(trainer, ScriptedLearner())
     assert (view.status, view.steps) == ("cancelled", 0)
     assert trainer._reason is None
+
+
+def test_a_dream_is_learned_with_the_threads_of_an_idle_machine(trainer: Trainer) -> None:
+    changed = DreamSettings(trainer_threads=3, yield_s=0)
+    trainer._settings = trainer._settings.model_copy(update={"dream": changed})
+    learner = ScriptedLearner()
+    run(trainer, learner)
+    run(trainer, learner, num_samples=2, round_id="round-1", epochs=2)
+    assert learner.threads == [1, 3]

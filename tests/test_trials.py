@@ -106,6 +106,9 @@ class CountingLearner:
         self.num_steps = 0
         self.optimizer = SimpleNamespace(state={}, num_steps=0)
 
+    def use_threads(self, num: int) -> None:
+        pass
+
     def step(self, example: Any, learning_rate: float, **_: Any) -> StepReport:
         self.num_steps += 1
         return StepReport(1.0, {})

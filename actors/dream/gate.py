@@ -2,6 +2,7 @@
 
     before the first round: record    the base's answers to the canaries, as likely as it held them
     after each round:       measure   -> faults(base, before, after, budgets) -> () passes
+    a number means another thing than when it was recorded: renew
 
 Knows the live model and the canaries; what follows from a fault is the round's business.
 """
@@ -21,6 +22,9 @@ from actors.dream.model import Answer, LiveModel, Message
 from actors.dream.together import together
 from actors.settings import Budgets
 
+MEASURE: Final = 2
+"""Raised when a number of `Measurement` begins to mean something else: what was recorded under a
+lower one is not compared with. 1 had `pushback` as a share, and facts of 24 tokens."""
 SHORT_TOKENS: Final = 24
 FACT_TOKENS: Final = 40
 """Enough for a base that takes its time, so that becoming brief does not look like learning."""
@@ -68,9 +72,12 @@ class Record:
     """The base: what every later measurement is held against."""
 
     weights_version: int
+    """Of the weights that `measured` is of."""
     answers: tuple[Recorded, ...]
     """One for each canary, in the library's order."""
     measured: Measurement
+    measure: int = MEASURE
+    """What the numbers mean."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +87,9 @@ class Record:
         answers = tuple(
             Recorded(tuple(each["token_ids"]), tuple(each["logprobs"])) for each in row["answers"]
         )
-        return cls(row["weights_version"], answers, Measurement(**row["measured"]))
+        # The first records do not say what they mean.
+        measure = row.get("measure", 1)
+        return cls(row["weights_version"], answers, Measurement(**row["measured"]), measure)
 
 
 @dataclass
@@ -99,8 +108,15 @@ class Gate:
         answers = await together(
             [self._keep(each, answer) for each, answer in zip(self.canaries, drawn, strict=True)]
         )
-        measured = await self._measure(tuple(answers))
-        return Record(weights_version, tuple(answers), measured)
+        return Record(weights_version, tuple(answers), await self._measure(None))
+
+    async def renew(self, record: Record, weights_version: int) -> Record:
+        """The record with numbers that mean what they mean today.
+
+        The base's answers stay, and KL goes on from them. All else is the model's as it is now: of
+        the base it cannot be asked any more, and an old number would let too much pass.
+        """
+        return Record(weights_version, record.answers, await self.measure(record))
 
     async def measure(self, record: Record) -> Measurement:
         """The model as it is now, against the record."""
@@ -118,41 +134,53 @@ class Gate:
             answer.token_ids, await self.model.logprobs(_asks(canary), answer.token_ids)
         )
 
-    async def _measure(self, answers: tuple[Recorded, ...]) -> Measurement:
-        short, long = await self._divergences(answers)
+    async def _measure(self, answers: tuple[Recorded, ...] | None) -> Measurement:
+        """All is asked at once, so that the engine is never left with a few long answers."""
         free = [each for each in self.canaries if each.kind == "long"][:NUM_FREE]
-        drawn = await together([self._draw(each, SEED - 1 - at) for at, each in enumerate(free)])
-        greedy = await together([self._greedy(each, LONG_TOKENS) for each in free])
+        short, long, entropy, repetition, facts, pushback = await together(
+            [
+                self._divergences("short", answers),
+                self._divergences("long", answers),
+                together([self._surprise(each, SEED - 1 - at) for at, each in enumerate(free)]),
+                together(list(map(self._repetition, free))),
+                together([self._knows(each) for each in self.canaries if each.must_match]),
+                together(list(map(self._refutes, self.pushback))),
+            ]
+        )
         return Measurement(
             kl=fmean(chain(short, long)),
             kl_short=fmean(short),
             kl_long=fmean(long),
-            entropy=-fmean(answer.mean_logprob for answer in drawn),
-            repetition=fmean(repeated_share(answer.text) for answer in greedy),
-            facts=await self._facts(),
-            pushback=fmean(await together(list(map(self._refutes, self.pushback)))),
+            entropy=fmean(entropy),
+            repetition=fmean(repetition),
+            facts=fmean(facts),
+            pushback=fmean(pushback),
         )
 
-    async def _divergences(self, answers: tuple[Recorded, ...]) -> tuple[list[float], list[float]]:
-        """For every token of the base's short and of its long answers."""
-        now = await together(
-            [
-                self.model.logprobs(_asks(each), recorded.token_ids)
-                for each, recorded in zip(self.canaries, answers, strict=True)
-            ]
-        )
-        found: dict[str, list[float]] = {"short": [], "long": []}
-        for each, recorded, logprobs in zip(self.canaries, answers, now, strict=True):
-            found[each.kind] += map(divergence, recorded.logprobs, logprobs)
-        return found["short"], found["long"]
+    async def _divergences(self, kind: str, answers: tuple[Recorded, ...] | None) -> list[float]:
+        """For every token of the base's answers of a kind; None: the model is the base."""
+        if answers is None:
+            return [0.0]
+        asked = [
+            self._divergence(each, recorded)
+            for each, recorded in zip(self.canaries, answers, strict=True)
+            if each.kind == kind
+        ]
+        return list(chain.from_iterable(await together(asked)))
 
-    async def _facts(self) -> float:
-        short = [each for each in self.canaries if each.must_match is not None]
-        answers = await together([self._greedy(each, FACT_TOKENS) for each in short])
-        return fmean(
-            re.search(each.must_match or "", answer.text, re.IGNORECASE) is not None
-            for each, answer in zip(short, answers, strict=True)
-        )
+    async def _divergence(self, canary: Canary, recorded: Recorded) -> list[float]:
+        now = await self.model.logprobs(_asks(canary), recorded.token_ids)
+        return list(map(divergence, recorded.logprobs, now))
+
+    async def _surprise(self, canary: Canary, seed: int) -> float:
+        return -(await self._draw(canary, seed)).mean_logprob
+
+    async def _repetition(self, canary: Canary) -> float:
+        return repeated_share((await self._greedy(canary, LONG_TOKENS)).text)
+
+    async def _knows(self, canary: Canary) -> float:
+        answer = await self._greedy(canary, FACT_TOKENS)
+        return float(re.search(canary.must_match or "", answer.text, re.IGNORECASE) is not None)
 
     async def _greedy(self, canary: Canary, max_tokens: int) -> Answer:
         (answer,) = await self.model.answer(_asks(canary), max_tokens=max_tokens)

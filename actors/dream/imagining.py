@@ -15,12 +15,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from statistics import fmean
 from typing import Final
 
 from actors.dream import filters, library, scenario
 from actors.dream.behaviour import Behaviour
 from actors.dream.judge import judge
-from actors.dream.model import Answer, LiveModel, Message, divergence
+from actors.dream.model import Answer, LiveModel, Message
 from actors.dream.records import Item, Round
 from actors.dream.scenario import Seed
 from actors.dream.store import DreamStore
@@ -71,11 +72,15 @@ class Imagination:
             for at in rng.sample(range(len(questions)), min(len(questions), wanted // 2)):
                 if questions[at] not in known:
                     self._hold_out(f"question-{at}", questions[at], known)
-        numbers = range(self.settings.seed, self.settings.seed + MAX_TRIES * wanted)
-        written = await self._write(numbers, temperature=1.0)
-        for number, text in written.items():
-            if len(known) < wanted and self._fault(text, known) is None:
-                self._hold_out(str(number), text, known)
+        numbers = iter(range(self.settings.seed, self.settings.seed + MAX_TRIES * wanted))
+        while (missing := wanted - len(known)) > 0:
+            some = list(islice(numbers, max(MIN_BATCH, missing)))
+            if not some:
+                break
+            written = await self._write(some, temperature=1.0)
+            for number, text in written.items():
+                if len(known) < wanted and self._fault(text, known) is None:
+                    self._hold_out(str(number), text, known)
         return known
 
     def _hold_out(self, number: str, text: str, known: list[str]) -> None:
@@ -204,8 +209,8 @@ class Imagination:
         if reason is not None:
             return replace(made, reason=reason)
         asks: list[Message] = [{"role": "user", "content": text}]
-        in_view = self.behaviour.in_view(made.memories)
-        shown, hidden = await divergence(self.model, in_view, asks, answer.text)
+        shown = answer.mean_logprob  # It was written with the instruction in view.
+        hidden = fmean(await self.model.logprobs(asks, answer.token_ids))
         low, high = self.settings.min_divergence, self.settings.max_divergence
         reason = filters.divergence(shown, hidden, low, high)
         return replace(made, shown=shown, hidden=hidden, is_kept=reason is None, reason=reason)

@@ -12,7 +12,7 @@ from actors.dream.gate import Measurement
 from actors.dream.records import Attempt, Item, Round
 
 WIDTH, HEIGHT, MARGIN = 640, 160, 28
-_STYLE: Final = """
+STYLE: Final = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem; }
@@ -48,7 +48,7 @@ def page(of: Round, items: Sequence[Item]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(of.id)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>{_text(of.id)}</title><style>{STYLE}</style></head><body>"
         f"{''.join(body)}</body></html>"
     )
 

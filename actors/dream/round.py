@@ -11,17 +11,18 @@ committed is gone with the weights and trained again.
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Protocol
 
 from actors.dream import library
 from actors.dream.behaviour import Behaviour
 from actors.dream.curriculum import Progress, after_test, due
-from actors.dream.gate import Gate, Measurement, Record, faults
+from actors.dream.gate import MEASURE, Gate, Measurement, Record, faults
 from actors.dream.imagining import Imagination
 from actors.dream.manners import PoliteModel
 from actors.dream.records import Attempt, Item, Round
@@ -31,6 +32,8 @@ from actors.errors import Conflict
 from actors.messages import JobView
 from actors.posted import ChatSample, TrainConfig
 from actors.settings import DreamSettings
+
+log = logging.getLogger(__name__)
 
 NUM_TRIES: Final = 2
 POLL_INTERVAL_S: Final = 0.25
@@ -108,15 +111,9 @@ class Dream:
 
     async def record(self) -> Record:
         """The base that the gate compares with; made when it is first asked for."""
-        note = self.store.note("record")
-        if note is not None:
-            known = Record.from_json(note)
-            if len(known.answers) != self.settings.canaries:
-                raise Conflict(
-                    f"dream.canaries={self.settings.canaries}, but the base was recorded with "
-                    f"{len(known.answers)}: set it back"
-                ).about("dream.canaries")
-            return known
+        known = self._recorded()
+        if known is not None:
+            return known if known.measure == MEASURE else await self._renew(known)
         self.tell("recording the base", 0, 1)
         made = await self._gate().record(self.cell.weights_version())
         prompts = library.general()[: self.settings.canaries]
@@ -124,6 +121,24 @@ class Dream:
         self.store.write_note("replay", [row for row in answers if row["answer"]])
         self.store.write_note("record", made.as_json())
         return made
+
+    def _recorded(self) -> Record | None:
+        note = self.store.note("record")
+        known = None if note is None else Record.from_json(note)
+        if known is not None and len(known.answers) != self.settings.canaries:
+            raise Conflict(
+                f"dream.canaries={self.settings.canaries}, but the base was recorded with "
+                f"{len(known.answers)}: set it back"
+            ).about("dream.canaries")
+        return known
+
+    async def _renew(self, known: Record) -> Record:
+        log.warning("the base's numbers mean something else now: most are taken anew")
+        self.tell("recording the base anew", 0, 1)
+        renewed = await self._gate().renew(known, self.cell.weights_version())
+        self.store.write_note("last", None)  # It was measured as the old record was.
+        self.store.write_note("record", renewed.as_json())
+        return renewed
 
     async def _base_answer(self, prompt: str) -> dict[str, str]:
         (answer,) = await self.model.answer(
@@ -281,12 +296,14 @@ class Dream:
 
     async def _judge(self, of: Round, attempt: Attempt, imagination: Imagination) -> Attempt:
         self.tell("gate", 0, 1)
-        record = await self.record()
-        measured = await self._gate().measure(record)
-        success = {
-            name: await self._imagination(behaviour).success()
-            for name, behaviour in self._tested(of, imagination.behaviour).items()
-        }
+        record = self._recorded()
+        if record is None or record.measure != MEASURE:
+            raise Conflict("it began when the gate's numbers meant something else: ask for another")
+        tested = self._tested(of, imagination.behaviour)
+        asked: list[Awaitable[Any]] = [self._gate().measure(record)]
+        asked += [self._imagination(behaviour).success() for behaviour in tested.values()]
+        measured, *shares = await together(asked)
+        success = dict(zip(tested, shares, strict=True))
         both = {
             name: (of.success_before[name], now)
             for name, now in success.items()

@@ -16,6 +16,8 @@ from actors.dream.library import ScenarioExample
 from actors.dream.model import LiveModel
 
 NUM_EXAMPLES: Final = 6
+NUM_SHARING: Final = 12
+"""Draws in a row that see the same examples in the same order, so that these are read once."""
 MAX_TOKENS: Final = 48
 MIN_WORDS: Final = 3
 MAX_WORDS: Final = 60
@@ -39,7 +41,7 @@ def collide(memories: Sequence[str], number: int, rng: random.Random) -> Seed:
 
 def prompt(seed: Seed, behaviour: Behaviour, examples: Sequence[ScenarioExample]) -> str:
     """The text that the model continues with the scenario."""
-    rng = random.Random(seed.number)
+    rng = random.Random(seed.number // NUM_SHARING)
     shown = rng.sample(list(examples), min(NUM_EXAMPLES, len(examples)))
     told = [_notes(each.memories, each.topic) + f" {each.situation}\n\n" for each in shown]
     return _HEAD + "".join(told) + _notes(seed.memories, behaviour.topic)

@@ -6,6 +6,7 @@ Hashing, compressing and the disk's own work let go of Python's lock, so they go
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -28,3 +29,19 @@ def ahead(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[
             result = running.popleft().result()
             running.extend(pool.submit(work, item) for item in islice(todo, 1))
             yield result
+
+
+@contextmanager
+def beside(work: Callable[[], object], threads: int) -> Iterator[None]:
+    """`work` goes on beside what the block does, and is done when that ends.
+
+    With one thread it is done before. What `work` raises is raised at the block's end.
+    """
+    if threads == 1:
+        work()
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        yield
+        done.result()

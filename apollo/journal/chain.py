@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Self
 
 from blake3 import blake3
 
-from apollo.journal.disk import Disk, DiskFull
+from apollo.journal.disk import Disk, DiskFailed, DiskFull
 
 FORMAT: Final = 1
 KEPT_MANIFESTS: Final = 2
@@ -170,9 +170,18 @@ def read_newest(disk: Disk, folder: str) -> tuple[Chain | None, list[str]]:
         name = manifest_name(sequence)
         try:
             return Chain.decode(disk.read(f"{folder}/{name}")), damaged
-        except ChainError:
+        except (ChainError, DiskFailed):
             damaged.append(name)
     return None, damaged
+
+
+def has_twin(disk: Disk, folder: str, chain: Chain) -> bool:
+    """Whether the manifest before the newest, `chain`, is whole and says the same."""
+    try:
+        before = Chain.decode(disk.read(f"{folder}/{manifest_name(chain.sequence - 1)}"))
+    except (FileNotFoundError, ChainError, DiskFailed):
+        return False
+    return before.next(before.generations) == chain
 
 
 def write(disk: Disk, folder: str, chain: Chain) -> Chain:

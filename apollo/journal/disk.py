@@ -83,7 +83,7 @@ class Disk(Protocol):
 
 
 class RealDisk:
-    """`Disk` over one directory of this machine. Not for two threads at once on one file."""
+    """`Disk` over one directory of this machine. A file that is written is one thread's."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

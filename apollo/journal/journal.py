@@ -11,6 +11,7 @@ journal of a model. Raises DiskFull with nothing changed; after DiskFailed, open
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -110,7 +111,7 @@ class Journal:
             raise ImageError(f"{min(strange)} is live or published, but not both")
         slots = self.slots.slots()
 
-        def words_of(at: int, before: bytes) -> tuple[bytes, bytes] | None:
+        def delta_of(at: int, before: bytes) -> tuple[bytes, bytes] | None:
             chunk = self.image.chunks[at]
             new = live[chunk.tensor][chunk.first_word : chunk.first_word + chunk.num_words]
             after = digest(new)
@@ -130,7 +131,7 @@ class Journal:
                 0,
                 step=step,
             ),
-            words_of,
+            delta_of,
             optimizer,
         )
 
@@ -151,7 +152,7 @@ class Journal:
         slots = self.slots.slots()
         table = self._values.table(generation)
 
-        def words_of(at: int, before: bytes) -> tuple[bytes, bytes] | None:
+        def delta_of(at: int, before: bytes) -> tuple[bytes, bytes] | None:
             after = table[at * HASH_BYTES : (at + 1) * HASH_BYTES]
             if after == before:
                 return None
@@ -175,7 +176,7 @@ class Journal:
                 is_learned_again=is_learned_again,
                 forgotten=forgotten,
             ),
-            words_of,
+            delta_of,
             None,
         )
 
@@ -241,12 +242,12 @@ class Journal:
     def _append(
         self,
         draft: Generation,
-        words_of: Callable[[int, bytes], tuple[bytes, bytes] | None],
+        delta_of: Callable[[int, bytes], tuple[bytes, bytes] | None],
         optimizer: bytes | memoryview | None,
     ) -> Generation:
         """Write the segment and the optimizer's state, then the manifest that names them.
 
-        `words_of` gives hash and delta of a chunk whose hash was the one given; None: unchanged.
+        `delta_of` gives hash and delta of a chunk whose hash was the one given; None: unchanged.
         """
         assert draft.parent is not None
         before = self._values.table(draft.parent)
@@ -262,7 +263,7 @@ class Journal:
             ]
 
             def found_of(at: int) -> tuple[bytes, bytes] | None:
-                return words_of(at, before[places[at]])
+                return delta_of(at, before[places[at]])
 
             for at, found in enumerate(ahead(found_of, range(len(places)), self._threads)):
                 if found is not None:
@@ -281,7 +282,8 @@ class Journal:
         except DiskFull:
             self.remove_unnamed()
             raise
-        self.remove_unnamed()
+        with suppress(DiskFull):  # It is durable; what is left over goes with the next one.
+            self.remove_unnamed()
         return made
 
     def _store_optimizer(self, state: bytes | memoryview, generation: int) -> StoredFile:

@@ -15,7 +15,7 @@ from typing import Final
 from apollo.journal import chain as chains
 from apollo.journal.chain import Chain, Generation, StoredFile
 from apollo.journal.codec import MAX_WORDS
-from apollo.journal.disk import Disk
+from apollo.journal.disk import Disk, DiskFailed
 from apollo.journal.image import Image, ImageError, root
 from apollo.journal.journal import Journal
 from apollo.journal.segment import SegmentDamaged, SegmentWriter
@@ -24,6 +24,8 @@ from apollo.journal.values import Slot, WeightsDamaged
 from apollo.weights.manifest import Manifest
 
 MAX_ASIDE: Final = 999
+_UNREADABLE: Final = (FileNotFoundError, ImageError, DiskFailed)
+"""A bad sector is damage like any other: there may be a copy."""
 
 
 class NothingToRecover(Exception):
@@ -52,11 +54,13 @@ def open_journal(
     """Open the journal of the model at models/`name`, or begin one.
 
     Idempotent, and safe to interrupt anywhere. Raises NothingToRecover without a public directory.
+    Nothing is believed before it is durable: whoever was killed may have left it in memory only.
     """
     slots = Slots(disk, name)
     slots.mend()
     folder = f"state/{name}/journal"
     _make_directories(disk, folder)
+    disk.sync(folder)
     found = slots.slots()
     if not found:
         raise NothingToRecover(f"models/{name} has no manifest that can be read")
@@ -77,12 +81,16 @@ def open_journal(
         good = _whole(journal, held.generation)
         if good is None:  # What leads to this generation is damaged, or lost: it is a new base.
             base = _write_base(disk, folder, found[0].directory, image, held, threads)
+            if (known := chain.find(held.generation)) is not None:
+                base = replace(known, kind="base", parent=None, num_changed=0, segment=base.segment)
             good = (base, *_whole_after(journal, held.generation))
-        if damaged or good != chain.generations:
+        is_damaged = bool(damaged) or good != chain.generations
+        if is_damaged or not chains.has_twin(disk, folder, chain):
             # First the manifest that does without them, under a number that no damaged one has.
             numbers = chains.sequences(disk, folder)
             chain = replace(chain, sequence=max(numbers) + 1, generations=good)
             chain = chains.write(disk, folder, chain)
+        if is_damaged:
             whole = {chains.manifest_name(number) for number in chains.sequences(disk, folder)}
             needed = chain.files() | (whole - set(damaged))
             aside = _set_aside(disk, name, folder, set(disk.names(folder)) - needed)
@@ -100,7 +108,7 @@ def _is_fit(disk: Disk, slots: Slots, chain: Chain) -> bool:
         return False
     try:
         image = Image.of(disk, slots.public, chain.chunk_words)
-    except (FileNotFoundError, ImageError):
+    except _UNREADABLE:
         return False
     return _has_headers(image, chain.headers)
 
@@ -113,7 +121,7 @@ def _image_of(disk: Disk, found: Sequence[Slot], chain: Chain) -> Image:
     for slot in found:
         try:
             image = Image.of(disk, slot.directory, chain.chunk_words)
-        except (FileNotFoundError, ImageError):
+        except _UNREADABLE:
             continue
         if _has_headers(image, chain.headers):
             return image
@@ -138,7 +146,7 @@ def _whole(journal: Journal, generation: int) -> tuple[Generation, ...] | None:
             if journal.disk.size(f"{journal.folder}/{each.segment.name}") != each.segment.size:
                 return None
         journal.values.table(generation)
-    except (SegmentDamaged, FileNotFoundError, KeyError):
+    except (SegmentDamaged, KeyError, *_UNREADABLE):
         return None
     return (*old, *_whole_after(journal, generation))
 
@@ -153,7 +161,7 @@ def _whole_after(journal: Journal, generation: int) -> Iterator[Generation]:
             if each.parent != parent:
                 return
             journal.check_segment(each)
-        except SegmentDamaged:
+        except (SegmentDamaged, *_UNREADABLE):
             return
         parent = each.generation
         yield each
@@ -202,8 +210,8 @@ def _make_directories(disk: Disk, folder: str) -> None:
         path = "/".join(parts[:depth])
         if not disk.is_directory(path):
             disk.make_directory(path)
-            if depth > 1:
-                disk.sync("/".join(parts[: depth - 1]))
+        if depth > 1:
+            disk.sync("/".join(parts[: depth - 1]))
 
 
 def _set_aside(disk: Disk, name: str, folder: str, names: set[str]) -> tuple[str, ...]:
@@ -216,6 +224,7 @@ def _set_aside(disk: Disk, name: str, folder: str, names: set[str]) -> tuple[str
         if number > MAX_ASIDE:
             raise FileExistsError(f"remove some of state/{name}/aside-*")
     disk.make_directory(aside)
+    disk.sync(f"state/{name}")
     for each in sorted(names):
         disk.rename(f"{folder}/{each}", f"{aside}/{each}")
     disk.sync(aside)

@@ -1,7 +1,7 @@
 """Two complete model directories: the public one, and one that is written while nobody looks.
 
-    hidden: empty -> every weights file, its chunks checked before -> the other files -> sync
-        -> read back, checked again -> reverie.json -> swapped with the public directory
+    hidden: empty -> every weights file, its chunks checked before -> sync, and read back meanwhile,
+        checked again -> the other files -> reverie.json -> swapped with the public directory
 
 Files are always written anew, so whoever has opened the old ones reads them to their end. A
 directory that somebody holds a lease on is left alone, and another one is written.
@@ -10,12 +10,13 @@ directory that somebody holds a lease on is left alone, and another one is writt
 import errno
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
-from apollo.journal.ahead import ahead
+from apollo.journal.ahead import ahead, beside
 from apollo.journal.chain import replace_file
 from apollo.journal.codec import Words
-from apollo.journal.disk import Disk, DiskError, DiskFull
+from apollo.journal.disk import Disk, DiskError, DiskFailed, DiskFull
 from apollo.journal.image import HASH_BYTES, Image, digest
 from apollo.journal.values import Slot
 from apollo.weights import manifest
@@ -44,7 +45,7 @@ class Slots:
         path = f"{directory}/{manifest.FILE_NAME}"
         try:
             return manifest.decode(self._disk.read(path), path)
-        except (FileNotFoundError, ManifestError):
+        except (FileNotFoundError, ManifestError, DiskFailed):
             return None
 
     def require(self, directory: str) -> Manifest:
@@ -63,14 +64,14 @@ class Slots:
         return found
 
     def mend(self) -> None:
-        """Finish a swap that was made in two steps and cut between them."""
-        if not self._disk.is_directory(self._old):
-            return
-        if self._disk.is_directory(self.public):
-            self._empty(self._old)
-            self._disk.remove(self._old)
-        else:
-            self._disk.rename(self._old, self.public)
+        """Finish a swap that was cut: between its two renames, or before it was durable."""
+        if self._disk.is_directory(self._old):
+            if self._disk.is_directory(self.public):
+                self._empty(self._old)
+                self._disk.remove(self._old)
+            else:
+                self._disk.rename(self._old, self.public)
+        # What is seen may be in memory only, and the next publication empties what was public.
         self._disk.sync("models")
 
     def can_exchange(self) -> bool:
@@ -141,17 +142,15 @@ class Slots:
     ) -> None:
         """Sync a weights file, and meanwhile read its chunks back and compare them."""
 
-        def settle(at: int | None) -> None:
-            if at is None:
-                self._disk.sync(f"{hidden}/{name}")
-                return
+        def compare(at: int) -> None:
             chunk = image.chunks[at]
             expected = table[at * HASH_BYTES : (at + 1) * HASH_BYTES]
             if not _has_hash(image.read(self._disk, hidden, chunk), expected):
                 raise SlotDamaged(f"{chunk.tensor} does not read back as it was written")
 
-        for _ in ahead(settle, [None, *ours], threads):
-            pass
+        with beside(partial(self._disk.sync, f"{hidden}/{name}"), threads):
+            for _ in ahead(compare, ours, threads):
+                pass
 
     def swap(self, hidden: str) -> None:
         """Make `hidden` the public directory, and the public one hidden; durable."""

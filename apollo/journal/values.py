@@ -63,20 +63,23 @@ class Values:
         """
         place = self._image.chunks[chunk]
         expected = self.segment(generation).hash_after(chunk)
+        reason = ""
         for slot in slots:
             if slot.generation not in self._at:
                 continue
             try:
                 words = self._image.read(self._disk, slot.directory, place)
                 words = self._moved(words, chunk, slot.generation, generation)
-            except (*_UNREADABLE, CorruptDelta, SegmentDamaged):
+            except (*_UNREADABLE, CorruptDelta, SegmentDamaged) as error:
+                if isinstance(error, DiskFailed):
+                    reason = f" ({error})"
                 continue
             if _has_hash(words, expected):
                 return words
         raise WeightsDamaged(
             f"{place.tensor}: no copy of its words {place.first_word} to "
-            f"{place.first_word + place.num_words - 1} in generation {generation} is undamaged; "
-            "restore from a mirror"
+            f"{place.first_word + place.num_words - 1} in generation {generation} is undamaged"
+            f"{reason}; restore from a mirror"
         )
 
     def can_read(self, generation: int, slots: Iterable[Slot], threads: int = 1) -> bool:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from apollo.learning.anchor import divergence
 from apollo.learning.budget import Memory, estimate_memory, measured_peak
 from apollo.learning.forward import check_prefix, let_checkpointing_read
@@ -146,6 +148,10 @@ class Learner:
             loss.backward()
             self._release.end_step()
         return StepReport(loss_value, self.optimizer.reports, *peak)
+
+    def use_threads(self, num: int) -> None:
+        """Compute the following steps of the calling thread with so many threads on a CPU."""
+        torch.set_num_threads(num)
 
     def estimate(self, num_grad_tokens: int, num_read_tokens: int) -> Memory:
         """Memory that such a step will take."""

@@ -71,7 +71,7 @@ def adopt(model: str, home: Path, dtype: str | None, progress: Progress) -> Adop
     models = home.expanduser().resolve() / "models"
     name, base, source = _resolve(model, models)
     directory = models / name
-    models.mkdir(parents=True, exist_ok=True)
+    manifest.make_directory(models)
     with _lock(models / f".{name}.lock", progress):
         if not _is_complete(directory, base, dtype):
             _build(directory, base, source, dtype, progress)

@@ -101,6 +101,15 @@ def write(directory: Path, manifest: Manifest) -> None:
     sync_directory(directory)
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory, and those above it, if it is not there; their names are durable then."""
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    # Also of those that were there: whoever was killed may have made them in memory only.
+    for each in dict.fromkeys((directory, directory.parent, *missing)):
+        sync_directory(each.parent)
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

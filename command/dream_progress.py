@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+from command.output import Output, plain
 
 LOOK_INTERVAL_S: Final = 0.5
 MAX_IDLE_LOOKS: Final = 10
@@ -15,7 +16,7 @@ Ask = Callable[..., Any]
 """`ask(method, route, body)` is the JSON answer of the server."""
 
 
-def follow(ask: Ask, rounds: int, behaviour: str | None, console: Console) -> list[dict[str, Any]]:
+def follow(ask: Ask, rounds: int, behaviour: str | None, output: Output) -> list[dict[str, Any]]:
     """Ask for rounds and show each until it has ended; returns them.
 
     Ctrl-C ends the showing, not the dreaming: `DELETE /dream` does that.
@@ -30,7 +31,7 @@ def follow(ask: Ask, rounds: int, behaviour: str | None, console: Console) -> li
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with output.progress(*columns) as progress:
         task = progress.add_task("waiting", total=None, round_id="")
         num_idle = 0
         while True:
@@ -46,7 +47,7 @@ def follow(ask: Ask, rounds: int, behaviour: str | None, console: Console) -> li
                 if each["ended"] and each["id"] not in known:
                     known.add(each["id"])
                     ended.append(each)
-                    progress.console.print(summary(each))
+                    output.say(plain(summary(each)))
             is_idle = bool(report) and not report["round_id"] and not report["asked"]
             num_idle = num_idle + 1 if is_idle else 0
             if len(ended) >= rounds or num_idle > MAX_IDLE_LOOKS:

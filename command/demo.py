@@ -3,9 +3,9 @@
 ask -> stream a long answer -> teach one example under the stream -> ask again -> look at memory
 """
 
-import os
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +13,9 @@ from typing import Any, Final
 import httpx
 from openai import OpenAI, OpenAIError
 
-from actors.errors import ReverieError, SettingsError
-from actors.picture import Recording, draw
+from actors.errors import ReverieError
+from command.client import Unreachable
+from command.picture import Recording, draw
 
 QUESTION: Final = "What is your name?"
 ANSWER: Final = "My name is Reverie, and I learn while I serve."
@@ -68,33 +69,51 @@ class Stream:
         ]
 
 
-def run(base: str, picture: Path | None = None) -> None:
-    """Run the demo against `base`, and draw it; ReverieError if the answer does not come back."""
-    key = os.environ.get("REVERIE_API_KEY", "none")
+Say = Callable[[str], None]
+
+
+def run(base: str, key: str | None, say: Say, picture: Path | None = None) -> dict[str, Any]:
+    """Run the demo against `base`, and draw it; returns what it saw.
+
+    Raises ReverieError if the taught answer does not come back, or the stream breaks.
+    """
+    key = key or "none"
     door = httpx.Client(base_url=base, timeout=60, headers={"authorization": f"Bearer {key}"})
     _require_ready(door)
     client = OpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, timeout=600)
     model = client.models.list().data[0].id
 
     before, first_version = _ask(client, model)
-    print(f"asked    {QUESTION}\nbefore   {before}   (version {first_version})\n", flush=True)
+    say(f"asked    {QUESTION}\nbefore   {before}   (version {first_version})\n")
 
     stream = Stream(client, model)
     begun = _wait_for_tokens(stream)
     learning = time.monotonic()
-    job, step_times = _teach(door, stream)
+    job, step_times = _teach(door, stream, say)
     ended = time.monotonic()
     was_whole = stream.is_running() and stream.error is None
     stream.stop()
 
     after, last_version = _ask(client, model)
-    print(f"\nafter    {after}   (version {last_version})\n")
+    say(f"\nafter    {after}   (version {last_version})\n")
     idle, busy = stream.gaps(begun, learning), stream.gaps(learning, ended)
-    _row("longest gap between streamed tokens, idle", f"{1000 * max(idle):.0f} ms")
-    _row("longest gap between streamed tokens, training", f"{1000 * max(busy, default=0):.0f} ms")
-    _row("tokens streamed while it learned", f"{len(busy)}, stream unbroken: {was_whole}")
-    _row("seconds per step, median", f"{job['seconds_per_step']:.2f} s")
-    _show_memory(door.get("/status").json())
+    made: dict[str, Any] = {
+        "question": QUESTION,
+        "before": before,
+        "after": after,
+        "versions": [int(first_version), int(last_version)],
+        "longest_gap_idle_s": max(idle),
+        "longest_gap_learning_s": max(busy, default=0.0),
+        "tokens_while_learning": len(busy),
+        "is_stream_whole": was_whole,
+        "job": job,
+    }
+    _row(say, "longest gap between streamed tokens, idle", f"{1000 * max(idle):.0f} ms")
+    longest = f"{1000 * made['longest_gap_learning_s']:.0f} ms"
+    _row(say, "longest gap between streamed tokens, training", longest)
+    _row(say, "tokens streamed while it learned", f"{len(busy)}, stream unbroken: {was_whole}")
+    _row(say, "seconds per step, median", f"{job['seconds_per_step']:.2f} s")
+    _show_memory(door.get("/status").json(), say)
     if picture is not None:
         seen = Recording(
             question=QUESTION,
@@ -106,20 +125,21 @@ def run(base: str, picture: Path | None = None) -> None:
             learning=(learning - begun, ended - begun),
         )
         picture.write_text(draw(seen))
-        _row("picture", picture.name)
+        _row(say, "picture", picture.name)
     if after != ANSWER:
         raise ReverieError(f"the taught answer did not come back: {after!r}")
     if not was_whole:
         raise ReverieError(f"the stream broke: {stream.error or 'it ended'}")
+    return made
 
 
 def _require_ready(door: httpx.Client) -> None:
     try:
         answer = door.get("/readyz")
     except httpx.HTTPError:
-        raise SettingsError(f"{door.base_url}: no server answers; run 'make serve' first") from None
+        raise Unreachable(f"{door.base_url}: no server answers; run 'make serve' first") from None
     if answer.status_code != 200:
-        raise SettingsError(f"the server is not ready: {answer.json()['reason']}")
+        raise Unreachable(f"the server is not ready: {answer.json()['reason']}")
 
 
 def _ask(client: OpenAI, model: str) -> tuple[str, str]:
@@ -142,7 +162,7 @@ def _wait_for_tokens(stream: Stream) -> float:
     return stream.times[0]
 
 
-def _teach(door: httpx.Client, stream: Stream) -> tuple[dict[str, Any], list[float]]:
+def _teach(door: httpx.Client, stream: Stream, say: Say) -> tuple[dict[str, Any], list[float]]:
     """Post one example and show its steps; the finished job, and when each step was seen."""
     messages = [
         {"role": "user", "content": QUESTION},
@@ -153,15 +173,12 @@ def _teach(door: httpx.Client, stream: Stream) -> tuple[dict[str, Any], list[flo
         raise ReverieError(f"the example was refused: {posted.json()['error']['message']}")
     job_id, deadline = posted.json()["job_id"], time.monotonic() + JOB_TIMEOUT_S
     step_times: list[float] = []
-    print(f"taught   {ANSWER}\n\n{'step':>8} {'loss':>9} {'tokens streamed meanwhile':>27}")
+    say(f"taught   {ANSWER}\n\n{'step':>8} {'loss':>9} {'tokens streamed meanwhile':>27}")
     while time.monotonic() < deadline:
         job: dict[str, Any] = door.get(f"/train/jobs/{job_id}").json()
         for step in range(len(step_times), job["steps"]):
             step_times.append(time.monotonic())
-            print(
-                f"{step + 1:8d} {job['loss_history'][step]:9.4f} {len(stream.times):27d}",
-                flush=True,
-            )
+            say(f"{step + 1:8d} {job['loss_history'][step]:9.4f} {len(stream.times):27d}")
         if job["status"] == "done":
             return job, step_times
         if job["status"] in ("failed", "cancelled"):
@@ -170,18 +187,20 @@ def _teach(door: httpx.Client, stream: Stream) -> tuple[dict[str, Any], list[flo
     raise ReverieError(f"the job did not end within {JOB_TIMEOUT_S} s")
 
 
-def _show_memory(status: dict[str, Any]) -> None:
+def _show_memory(status: dict[str, Any], say: Say) -> None:
     """How much of the trainer's memory is its own; the weights are mapped, not copied."""
     trainer = status["trainer"]
     weights, private = trainer["weights_bytes"], memory_of(trainer["pid"])
-    _row("weights", f"{weights / MIB:.0f} MiB, {trainer['num_tensors']} tensors")
+    _row(say, "weights", f"{weights / MIB:.0f} MiB, {trainer['num_tensors']} tensors")
     if private is None:
         return
     mapped, own, total = private
-    _row("  of them in the trainer: shared with the engine", f"{mapped / MIB:.0f} MiB")
-    _row("  of them in the trainer: private copy", f"{own / MIB:.0f} MiB")
-    _row("all private memory of the trainer", f"{total / MIB:.0f} MiB (libraries, activations)")
-    _row("  of it optimizer state", f"{trainer['state_bytes'] / MIB:.0f} MiB")
+    _row(say, "  of them in the trainer: shared with the engine", f"{mapped / MIB:.0f} MiB")
+    _row(say, "  of them in the trainer: private copy", f"{own / MIB:.0f} MiB")
+    _row(
+        say, "all private memory of the trainer", f"{total / MIB:.0f} MiB (libraries, activations)"
+    )
+    _row(say, "  of it optimizer state", f"{trainer['state_bytes'] / MIB:.0f} MiB")
 
 
 def memory_of(pid: int) -> tuple[int, int, int] | None:
@@ -208,5 +227,5 @@ def memory_of(pid: int) -> tuple[int, int, int] | None:
     return shared, own, total
 
 
-def _row(name: str, value: str) -> None:
-    print(f"{name:<50} {value}", flush=True)
+def _row(say: Say, name: str, value: str) -> None:
+    say(f"{name:<50} {value}")

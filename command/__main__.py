@@ -1,0 +1,5 @@
+"""`python -m command` is the `reverie` command."""
+
+from command.app import main
+
+main()

@@ -1,0 +1,99 @@
+"""`reverie keys`: who may use the model, and who may teach it."""
+
+from typing import Annotated
+
+import typer
+
+from actors.errors import SettingsError
+from actors.home import default_home
+from command.options import Json
+from command.output import Output, table, when
+
+keys = typer.Typer(no_args_is_help=True, help="API keys; needed to serve on a public address.")
+
+
+Limit = Annotated[int | None, typer.Option(help="Most of them; without limit if left out.")]
+
+
+@keys.command("add")
+def add(
+    scope: Annotated[str, typer.Option(help="use (ask the model) or teach (also change it).")],
+    requests_per_minute: Limit = None,
+    ongoing: Limit = None,
+    tokens_per_day: Limit = None,
+    samples_per_day: Limit = None,
+    expires_in_days: Annotated[float | None, typer.Option(help="Never if left out.")] = None,
+    is_json: Json = False,
+) -> None:
+    """Make a key and print it: the only time it can be seen."""
+    from door.keys import DAY_S, KeyStore, quotas_from
+
+    output = Output(is_json)
+    if scope not in ("use", "teach"):
+        raise SettingsError(f"scope={scope!r}: choose use or teach").about("scope")
+    quotas = quotas_from(
+        requests_per_minute=requests_per_minute,
+        ongoing=ongoing,
+        tokens_per_day=tokens_per_day,
+        samples_per_day=samples_per_day,
+    )
+    expires_in_s = None if expires_in_days is None else expires_in_days * DAY_S
+    store = KeyStore(default_home())
+    made = store.add("teach" if scope == "teach" else "use", quotas, expires_in_s)
+    output.show({"key": made, "id": store.records()[-1]["id"], "scope": scope}, made)
+
+
+@keys.command("list")
+def list_(is_json: Json = False) -> None:
+    """Ids, scopes and quotas; the keys themselves are stored as hashes."""
+    from door.keys import KeyStore
+
+    output = Output(is_json)
+    records = KeyStore(default_home()).records()
+    shown = [
+        {name: each[name] for name in ("id", "scope", "created")}
+        | {"quotas": each.get("quotas", {}), "expires": each.get("expires")}
+        for each in records
+    ]
+    made = table("id", "scope", "made", "quotas", "expires")
+    for each in shown:
+        limits = ", ".join(f"{name} {num}" for name, num in each["quotas"].items())
+        ends = "" if each["expires"] is None else when(each["expires"])
+        made.add_row(each["id"], each["scope"], when(each["created"]), limits, ends)
+    output.show({"data": shown}, made if shown else "no keys: only this machine may use the door")
+
+
+@keys.command("rotate")
+def rotate(
+    key_id: Annotated[str, typer.Argument(help="An id of 'reverie keys list'.")],
+    overlap_hours: Annotated[
+        float, typer.Option(help="So long the old key is taken, too; 0 ends it at once.")
+    ] = 24,
+    is_json: Json = False,
+) -> None:
+    """Make a new key for an id and print it; a running server takes it from its next request on."""
+    from door.keys import KeyStore
+
+    output = Output(is_json)
+    made = KeyStore(default_home()).rotate(key_id, overlap_hours * 3600)
+    if made is None:
+        raise SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'").about(
+            "key_id"
+        )
+    output.show({"key": made, "id": key_id, "overlap_hours": overlap_hours}, made)
+
+
+@keys.command("remove")
+def remove(
+    key_id: Annotated[str, typer.Argument(help="An id of 'reverie keys list'.")],
+    is_json: Json = False,
+) -> None:
+    """Forget a key; a running server refuses it from its next request on."""
+    from door.keys import KeyStore
+
+    output = Output(is_json)
+    if not KeyStore(default_home()).remove(key_id):
+        raise SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'").about(
+            "key_id"
+        )
+    output.show({"id": key_id, "removed": True}, f"{key_id} is removed")
