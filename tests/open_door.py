@@ -47,6 +47,7 @@ from actors.settings import LimitSettings, Settings
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from door.exchanges import ExchangeLog
+from door.feed import Feed
 from door.keys import KeyStore
 from door.limits import Slots
 from door.proxy import EngineProxy
@@ -205,6 +206,7 @@ class OpenDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         self._keys = KeyStore(settings.home)
         self._slots = Slots(settings.limits.max_ongoing_requests)
         self._log = ExchangeLog(settings.dream.log_conversations, self._deliver)
+        self._feed = Feed()
         self._versions = VersionCounter.create(paths.versions)
         self._traffic = Traffic.create(paths.traffic)
         self.ledger = Ledger(paths.ledger)

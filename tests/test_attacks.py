@@ -47,7 +47,7 @@ BODIES = {
 
 @pytest.fixture
 async def door(tmp_path: Path) -> AsyncIterator[OpenDoor]:
-    async with opened(tmp_path / "home") as made:
+    async with opened(tmp_path / "home", request_timeout_s=0.5) as made:
         made._keys.add("teach")
         for folder in (tmp_path, tmp_path / "home", tmp_path / "home" / "state" / "made-up"):
             (folder / "link").symlink_to(tmp_path / "home")
