@@ -1,4 +1,4 @@
-"""Ten thousand requests from the OpenAPI document against the door: does one break it, or hang?
+"""Ten thousand requests from the OpenAPI document against the door: none may break it, or hang.
 
     .venv/bin/python -m experiments.door_fuzz                       in process, over a made-up cell
     .venv/bin/python -m experiments.door_fuzz --cases 500 --url http://127.0.0.1:8000 --key rv-...
