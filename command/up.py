@@ -37,6 +37,7 @@ OBJECT_STORE_BYTES: Final = 128 * MIB
 
 RAY_ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # A busy machine is slow, not broken.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # The ingress only awaits, so it needs no thread of its own: one hop less per request and chunk.
