@@ -43,5 +43,7 @@ def beside(work: Callable[[], object], threads: int) -> Iterator[None]:
         return
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(work)
-        yield
-        done.result()
+        try:
+            yield
+        finally:
+            done.result()  # A sync that fails counts more than whatever the block found.
