@@ -95,7 +95,7 @@ def checkpoint(name: str, body: Any, status: int, says: str, param: str | None =
 
 
 def route(method: str, path: str, status: int, says: str, param: str | None = None) -> Bad:
-    return Bad(f"{method} {path[:40]}", method, path, None, status, says, param)
+    return Bad(f"{method} {path[:40]} is {status}", method, path, None, status, says, param)
 
 
 def vllm(name: str, path: str, body: Any, status: int, says: str) -> Bad:

@@ -10,7 +10,11 @@ from openai import OpenAI
 
 from tests.conftest import RunningCell
 
-pytestmark = [pytest.mark.cell, pytest.mark.teaches, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cell,
+    pytest.mark.usefixtures("untaught"),
+    pytest.mark.timeout(900),
+]
 
 BRIEF = "Always answer in exactly one short sentence of at most 15 words."
 QUESTIONS = [

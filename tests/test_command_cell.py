@@ -21,7 +21,11 @@ from tests.conftest import BOOT_TIMEOUT_S, STOP_TIMEOUT_S, RunningCell, free_por
 from tests.terminal import CTRL_C, CTRL_D, at_terminal
 from tests.test_candidates import BRIEF, QUESTIONS, ask, until
 
-pytestmark = [pytest.mark.cell, pytest.mark.teaches, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cell,
+    pytest.mark.usefixtures("untaught"),
+    pytest.mark.timeout(900),
+]
 
 QUESTION = "What do gulls collect?"
 TAUGHT = "Gulls collect small blue buttons."

@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import RunningCell
 
-pytestmark = [pytest.mark.cell, pytest.mark.teaches]
+pytestmark = [pytest.mark.cell, pytest.mark.usefixtures("untaught")]
 
 PROMPTS = (
     "The capital of France is",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import RunningCell
 
-pytestmark = [pytest.mark.cell, pytest.mark.teaches]
+pytestmark = [pytest.mark.cell, pytest.mark.usefixtures("untaught")]
 
 JOB_TIMEOUT_S = 240
 

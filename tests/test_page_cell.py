@@ -48,7 +48,7 @@ def drawn_loss(page: Page) -> int:
     return (path.get_attribute("d") or "").count("L") + 1 if path.count() else 0
 
 
-@pytest.mark.teaches
+@pytest.mark.usefixtures("untaught")
 def test_an_answer_is_corrected_learned_asked_again_kept_and_forgotten(
     browser: Browser, cell: RunningCell, tmp_path: Path
 ) -> None:
