@@ -222,7 +222,7 @@ def _check_anchor(destination: str, made: Index) -> None:
     for name in made.files if ":" not in destination else ():
         path = Path(destination) / name
         is_anchor = name.startswith(f"{made.anchor}/")
-        if is_anchor and (not path.is_file() or hashed(path) != made.files[name]):
+        if is_anchor and not _is_as_sent(path, made.files[name]):
             path.unlink(missing_ok=True)  # So that the next run sends an anchor anew.
             raise Unavailable(f"{name} is damaged there; run it again, which sends it anew")
 
@@ -265,8 +265,8 @@ def restore(home: Path, source: str, say: Say) -> Index:
         listed = _list(coming, index.files)
         rsync([f"--files-from={listed}"], f"{source}/", str(coming), progress=True)
         say("comparing hashes")
-        for name, (size, digest) in index.files.items():
-            if not (coming / name).is_file() or hashed(coming / name) != (size, digest):
+        for name, expected in index.files.items():
+            if not _is_as_sent(coming / name, expected):
                 (coming / name).unlink(missing_ok=True)
                 raise Unavailable(f"{name} is damaged or missing there; nothing was restored")
         _arrange(coming, index)
@@ -325,6 +325,11 @@ def _index_of(destination: str, folder: Path) -> Index | None:
                 ) from None
         return None
     return Index.decode((folder / "before.json").read_text())
+
+
+def _is_as_sent(path: Path, expected: tuple[int, str]) -> bool:
+    """Whether it is there with that size and hash."""
+    return path.is_file() and hashed(path) == expected
 
 
 def _list(folder: Path, names: Iterable[str]) -> str:

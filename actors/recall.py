@@ -49,7 +49,6 @@ def _load_optimizer(
 ) -> str | None:
     """Load what was kept with a generation, or begin anew; returns in words why."""
     from apollo.journal.disk import DiskFailed
-    from apollo.journal.image import digest
     from apollo.optim import state_file
 
     state_file.forget(optimizer, generation.step)
@@ -58,7 +57,7 @@ def _load_optimizer(
         return "none was kept"
     path = f"{folder}/{stored.name}"
     try:
-        if digest(disk.read(path)).hex() != stored.hash:
+        if not stored.holds(disk.read(path)):
             return "it is damaged"
         state_file.load(optimizer, disk.path(path))
     except (FileNotFoundError, DiskFailed, state_file.OtherOptimizer) as error:

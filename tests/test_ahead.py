@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from apollo.journal.ahead import ahead
+from apollo.journal.ahead import ahead, beside
+from apollo.journal.disk import DiskFailed
 from apollo.journal.retention import DAY_S, Retention, thin
+from apollo.journal.slots import SlotDamaged
 from tests.crashes import FAR_S, Story, Teller, first_disk, open_
 from tests.model_disk import ModelDisk
 
@@ -69,3 +71,19 @@ def test_a_journal_with_two_threads_does_the_same_to_the_disk_in_the_same_order(
 
     one, two = life(1), life(2)
     assert len(one.log) > 100 and one.log == two.log
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_work_that_fails_beside_a_block_that_fails_is_what_is_raised(threads: int) -> None:
+    """A sync that failed must not be taken for a mere read that did not compare."""
+    is_over = threading.Event()
+
+    def sync() -> None:
+        assert threads == 1 or is_over.wait(20)
+        raise DiskFailed("cannot sync")
+
+    before = threading.active_count()
+    with pytest.raises(DiskFailed), beside(sync, threads):
+        is_over.set()
+        raise SlotDamaged("it was read back otherwise")
+    assert threading.active_count() == before

@@ -14,6 +14,7 @@ import transformers
 
 from actors.ledger import Ledger
 from actors.recall import recall
+from apollo.journal.chain import StoredFile
 from apollo.journal.disk import RealDisk
 from apollo.journal.journal import Journal
 from apollo.journal.live import Staging
@@ -127,8 +128,10 @@ def test_state_of_other_settings_is_refused_and_nothing_changes(tmp_path: Path) 
     assert one.optimizer.num_steps == 2 and one.optimizer.state
 
 
-@pytest.mark.parametrize("is_damaged", [False, True])
-def test_the_trainer_takes_back_whole_moments_only(tmp_path: Path, is_damaged: bool) -> None:
+@pytest.mark.parametrize(("is_damaged", "is_checked"), [(False, True), (True, True), (True, False)])
+def test_the_trainer_takes_back_whole_moments_only(
+    tmp_path: Path, is_damaged: bool, is_checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Damaged ones begin anew; the step count does not, so that no noise is drawn twice."""
     make(tmp_path, "float32")
     first = learner_of(tmp_path, "")
@@ -144,11 +147,13 @@ def test_the_trainer_takes_back_whole_moments_only(tmp_path: Path, is_damaged: b
         path.write_bytes(data)
     open_journal(RealDisk(tmp_path), NAME)
     again = learner_of(tmp_path, "")
+    if not is_checked:
+        monkeypatch.setattr(StoredFile, "holds", lambda *_: True)
     with closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
         recall(tmp_path, NAME, again.optimizer, ledger)
     assert again.optimizer.num_steps == BEFORE
     if is_damaged:
-        assert not again.optimizer.state
+        assert bool(again.optimizer.state) == (not is_checked), "the check is what finds it out"
         return
     for one, other in zip(states(first), states(again), strict=True):
         assert one.keys() == other.keys()

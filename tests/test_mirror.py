@@ -247,6 +247,19 @@ def test_a_damaged_file_is_found_and_sent_again(
         assert is_whole(place, tmp_path / "again", [home.state])
 
 
+def test_without_its_check_a_damaged_mirror_would_be_restored(
+    home: Home, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.learn()
+    run(home, place)
+    path = sorted(place.glob("anchor-*/a.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    monkeypatch.setattr("actors.mirror._is_as_sent", lambda *_: True)
+    restore(tmp_path / "other", str(place), lambda text: None)
+    run(home, place)
+    assert path.read_bytes().endswith(b"!"), "nor would the damage be seen when it is sent again"
+
+
 STAND_IN = """#!/bin/sh
 while [ "$1" != host.example ]; do shift; done
 shift

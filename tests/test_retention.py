@@ -18,6 +18,7 @@ from apollo.journal.disk import DiskFull, RealDisk
 from apollo.journal.journal import Journal, UnknownGeneration
 from apollo.journal.recovery import open_journal
 from apollo.journal.retention import DAY_S, HOUR_S, Retention, Thinned, kept, thin
+from apollo.journal.segment import Segment
 from apollo.journal.values import WeightsDamaged
 from tests.crashes import FAR_S, FOLDER, Story, Teller, Violation, check, first_disk, long_life
 from tests.model_disk import ModelDisk, crashes, whole_image
@@ -289,13 +290,21 @@ def test_a_damaged_segment_is_not_merged_and_those_beside_it_are(disk: RealDisk)
     check_all(journal, states, [4])
 
 
-def test_nothing_is_merged_onto_a_table_that_is_damaged(disk: RealDisk) -> None:
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_nothing_is_merged_onto_a_table_that_is_damaged(
+    disk: RealDisk, is_checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, states = taught(disk, 5, 5)
     where = disk.path(f"{FOLDER}/base-00000000.rvj")
     data = bytearray(where.read_bytes())
     data[20] ^= 1  # Within the table: a base has nothing before it.
     where.write_bytes(data)
     journal = open_journal(disk, NAME, chunk_words=CHUNK_WORDS).journal
+    if not is_checked:
+        monkeypatch.setattr(retention, "_has_root", lambda *_: True)
+        monkeypatch.setattr(Segment, "follows", lambda *_: True)
+        assert thin_late(journal).dropped, "what the other tests of this see"
+        return
     found = thin_late(journal)
     assert found.dropped == () and "base-00000000.rvj" in found.damaged[0]
     assert thin_late(journal, FAR_S / 2) == Thinned((0, 1, 2, 3))

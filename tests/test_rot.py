@@ -3,13 +3,17 @@
 Every check of a hash is removed in turn, and then something here must go wrong.
 """
 
+import ast
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from apollo.journal import chain, journal, recovery, segment, slots, values
+from actors import mirror
+from apollo.journal import chain, recovery, segment, slots, values
+from apollo.journal.chain import StoredFile
 from apollo.journal.disk import Disk, DiskFailed
 from apollo.journal.journal import Journal
 from apollo.journal.recovery import open_journal
@@ -190,7 +194,7 @@ def test_damage_is_found_out_and_mended(scene: Callable[[], None]) -> None:
         (values, "_has_hash"),
         (Values, "can_read"),
         (slots, "_has_hash"),
-        (journal, "_has_hash"),
+        (StoredFile, "holds"),
         (recovery, "_has_root"),
         (recovery, "_has_headers"),
     ],
@@ -208,6 +212,37 @@ def test_without_any_one_check_damage_does_harm(
             is_found = True
             break
     assert is_found
+
+
+COMPARED = {"digest", "hexdigest", "hash", "headers_hash", "hash_after", "hashed", "table"}
+COMPARED_BY = {
+    *("chain._has_hash", "chain.holds", "segment._is_sealed", "segment.follows"),
+    *("values._has_hash", "values.can_read", "slots._has_hash", "scrub._has_hash"),
+    *("recovery._has_root", "recovery._has_headers", "retention._has_root", "mirror._is_as_sent"),
+}
+"""Each is removed in turn, here or in the tests of scrub, retention, mirror and training."""
+
+
+def test_no_other_function_compares_a_hash() -> None:
+    found = set()
+    journal = Path(chain.__file__).parent.glob("*.py")
+    for path in [*journal, *Path(mirror.__file__).parent.glob("*.py")]:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                for each in ast.walk(function):
+                    if isinstance(each, ast.Compare) and _is_of_hashes(each):
+                        found.add(f"{path.stem}.{function.name}")
+    assert found == COMPARED_BY
+
+
+def _is_of_hashes(compared: ast.Compare) -> bool:
+    parts = list(ast.walk(compared))
+    called = {
+        ast.unparse(each.func).rpartition(".")[2] for each in parts if isinstance(each, ast.Call)
+    }
+    attributes = {each.attr for each in parts if isinstance(each, ast.Attribute)}
+    names = {each.id for each in parts if isinstance(each, ast.Name)}
+    return bool((called | attributes) & COMPARED or "root" in called or "expected" in names)
 
 
 class BadSector(ModelDisk):

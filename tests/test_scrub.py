@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 
+from apollo.journal import chain, segment
+from apollo.journal import scrub as scrubbing
+from apollo.journal.chain import StoredFile
 from apollo.journal.disk import DiskFailed
 from apollo.journal.recovery import open_journal
 from apollo.journal.retention import thin
 from apollo.journal.scrub import DamagedCopy, Scrub, scrub
+from apollo.journal.segment import Segment, SegmentWriter
 from tests.crashes import FAR_S, FOLDER, Story, Teller, first_disk
 from tests.model_disk import Image, ModelDisk, whole_image
 from tests.small_model import CHUNK_WORDS, NAME, PUBLIC
@@ -76,6 +80,50 @@ def scrubbed(
         del disk._file(cut)[-5:]
     disk.unreadable, disk.is_closed = unreadable, True
     return scrub(journal)
+
+
+@pytest.mark.parametrize(
+    ("owner", "check", "flips"),
+    [
+        (chain, "_has_hash", [(MANIFEST, 12)]),  # Within the hash, so that the rest is as it was.
+        (segment, "_is_sealed", [(OLD, -1)]),
+        (StoredFile, "holds", [(f"{FOLDER}/optimizer-00000005.safetensors", 3)]),
+        (scrubbing, "_has_hash", [(f"{PUBLIC}/{B}", -1), (f"{HIDDEN}/{B}", -1)]),
+    ],
+)
+def test_without_any_one_check_damage_is_not_named(
+    owner: Any, check: str, flips: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not scrubbed(*flips).is_clean
+    monkeypatch.setattr(owner, check, lambda *arguments: True)
+    assert scrubbed(*flips).is_clean
+
+
+def test_a_segment_that_does_not_lead_from_its_parent_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole as it was written, and written wrongly: neither its hash nor its deltas tell."""
+    add = SegmentWriter.add
+    teller = Teller(first_disk(), Story())
+    teller.commit()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            SegmentWriter, "add", lambda writer, at, _, delta: add(writer, at, bytes(32), delta)
+        )
+        teller.commit()
+    teller.commit()
+    teller.publish()
+    assert scrub(teller.journal).files == (OLD,)
+    found = thin(teller.journal, teller.journal.newest.created + FAR_S)
+    assert found.dropped == () and OLD in found.damaged[0]
+    monkeypatch.setattr(Segment, "follows", lambda *segments: True)
+    assert scrub(teller.journal).is_clean
+    assert thin(teller.journal, teller.journal.newest.created + FAR_S).dropped
+
+
+def test_a_manifest_that_has_lost_its_twin_is_named() -> None:
+    *_, twin, newest = sorted(path for path in IMAGE.files if "/manifest-" in path)
+    assert newest == MANIFEST and scrubbed(removed=twin).files == (twin,)
 
 
 def test_of_an_undamaged_journal_there_is_nothing_to_say() -> None:

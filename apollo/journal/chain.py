@@ -42,6 +42,10 @@ class StoredFile:
     hash: str
     """BLAKE3 in hexadecimal: of a segment, all before its last 32 bytes; else of the whole file."""
 
+    def holds(self, data: bytes) -> bool:
+        """Whether `data` is the whole file as it was written; of a segment, see `segment.check`."""
+        return blake3(data).hexdigest() == self.hash
+
 
 @dataclass(frozen=True)
 class Generation:

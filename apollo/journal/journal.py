@@ -220,7 +220,7 @@ class Journal:
             data = self.disk.read(f"{self.folder}/{stored.name}")
         except FileNotFoundError:
             return None
-        return data if _has_hash(data, stored.hash) else None
+        return data if stored.holds(data) else None
 
     def replace_chain(self, generations: tuple[Generation, ...]) -> None:
         """Write the next manifest, then remove the files that it does not name."""
@@ -305,10 +305,6 @@ class Journal:
         path, stored = f"{self.folder}/{generation.segment.name}", generation.segment
         segment.check(self.disk, path, stored.size, stored.hash)
         return Segment.read(self.disk, path)
-
-
-def _has_hash(data: bytes, expected: str) -> bool:
-    return digest(data).hex() == expected
 
 
 def _without_old_optimizers(generations: tuple[Generation, ...]) -> tuple[Generation, ...]:

@@ -153,6 +153,9 @@ def _merged(journal: Journal, start: Generation, way: Sequence[Generation]) -> G
     """The last of `way` as the child of `start`, from which `way` leads. Raises SegmentDamaged."""
     segments = [journal.check_segment(each) for each in way]
     before, after = _table(journal, start), segments[-1].table
+    for parent, child in pairwise([journal.values.segment(start.generation), *segments]):
+        if not child.follows(parent):
+            raise SegmentDamaged(f"{child.path} does not lead from the weights of its parent")
     made = replace(way[-1], parent=start.generation)
     writer = _writer(journal, _name(made))
     num_changed = 0
@@ -166,9 +169,13 @@ def _merged(journal: Journal, start: Generation, way: Sequence[Generation]) -> G
 
 def _table(journal: Journal, generation: Generation) -> bytes:
     table = journal.values.table(generation.generation)
-    if root(table) != generation.root:
+    if not _has_root(table, generation.root):
         raise SegmentDamaged(f"{generation.segment.name}: its table is not what was written")
     return table
+
+
+def _has_root(table: bytes, expected: str) -> bool:
+    return root(table) == expected
 
 
 def _composed(journal: Journal, segments: Sequence[Segment], at: int) -> bytes:

@@ -11,6 +11,7 @@ be called damaged when a publication into it was interrupted; the next one write
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from apollo.journal import chain as chains
@@ -77,6 +78,11 @@ class _Scrubber:
     def run(self) -> Scrub:
         self._check_manifests()
         segments = [self._segment(at, each) for at, each in enumerate(self._generations)]
+        for at, (parent, child) in enumerate(pairwise(segments), start=1):
+            if parent is None or child is None or not {at - 1, at} <= self._sound:
+                continue
+            if not child.follows(parent):
+                self._files.append(f"{self._journal.folder}/{self._generations[at].segment.name}")
         stored = {g.optimizer.name: g.optimizer for g in self._generations if g.optimizer}
         for each in stored.values():
             self._check_optimizer(each)
@@ -91,8 +97,8 @@ class _Scrubber:
             found: set[int] = set()
             for slot in slots:
                 start = order.index(slot.generation)
-                expected = _hash_after(segments[start], at) if start in self._sound else None
-                words = self._copy(slot, chunk, expected)
+                known = _hash_after(segments[start], at) if start in self._sound else None
+                words = self._copy(slot, chunk, known)
                 if words is not None and len(found) < len(order):
                     found |= set(self._walk(words, at, start, segments))
             lost |= set(range(len(order))) - found
@@ -100,8 +106,8 @@ class _Scrubber:
         return Scrub(tuple(self._files), tuple(self._copies), numbers, self._bytes_read)
 
     def _check_manifests(self) -> None:
-        folder = self._journal.folder
-        for sequence in chains.sequences(self._disk, folder)[: chains.KEPT_MANIFESTS]:
+        folder, newest = self._journal.folder, self._journal.chain.sequence
+        for sequence in range(newest, newest - chains.KEPT_MANIFESTS, -1):
             path = f"{folder}/{chains.manifest_name(sequence)}"
             try:
                 data = self._disk.read(path)
@@ -132,7 +138,7 @@ class _Scrubber:
         try:
             data = self._disk.read(path)
             self._bytes_read += len(data)
-            if digest(data).hex() != stored.hash:
+            if not stored.holds(data):
                 self._files.append(path)
         except _UNREADABLE:
             self._files.append(path)
@@ -151,15 +157,15 @@ class _Scrubber:
             if not is_whole:
                 self._files.append(path)
 
-    def _copy(self, slot: Slot, chunk: Chunk, expected: bytes | None) -> Words | None:
-        """The chunk as the directory holds it, noted if it is not what is expected."""
+    def _copy(self, slot: Slot, chunk: Chunk, known: bytes | None) -> Words | None:
+        """The chunk as the directory holds it, noted if it is not what is known of it."""
         words = None
         try:
             words = self._journal.image.read(self._disk, slot.directory, chunk)
             self._bytes_read += chunk.size_bytes
         except _UNREADABLE:
             pass
-        if words is None or (expected is not None and digest(words) != expected):
+        if words is None or (known is not None and not _has_hash(digest(words), known)):
             place = (chunk.tensor, chunk.first_word, chunk.num_words)
             self._copies.append(DamagedCopy(slot.directory, *place))
         return words
@@ -171,7 +177,7 @@ class _Scrubber:
         forward = [(goal, segments[goal]) for goal in range(start + 1, len(segments))]
         backward = [(goal, segments[goal + 1]) for goal in range(start - 1, -1, -1)]
         first_hash = digest(first)
-        if first_hash == _hash_after(segments[start], at):
+        if _has_hash(first_hash, _hash_after(segments[start], at)):
             yield start
         for way in (forward, backward):
             words, now = first, first_hash
@@ -186,9 +192,13 @@ class _Scrubber:
                         now = digest(words)
                 except (*_UNREADABLE, CorruptDelta):
                     break
-                if now == _hash_after(segments[goal], at):
+                if _has_hash(now, _hash_after(segments[goal], at)):
                     yield goal
 
 
 def _hash_after(segment: Segment | None, at: int) -> bytes | None:
     return None if segment is None else segment.hash_after(at)
+
+
+def _has_hash(found: bytes, expected: bytes | None) -> bool:
+    return found == expected

@@ -54,6 +54,14 @@ class Segment:
     def hash_after(self, chunk: int) -> bytes:
         return self.table[chunk * HASH_BYTES : (chunk + 1) * HASH_BYTES]
 
+    def follows(self, parent: "Segment") -> bool:
+        """Whether each delta leads from what `parent` holds, and all other chunks are as there."""
+        return all(
+            parent.hash_after(at)
+            == (self.deltas[at].before if at in self.deltas else self.hash_after(at))
+            for at in range(len(self.table) // HASH_BYTES)
+        )
+
     def delta(self, disk: Disk, chunk: int) -> bytes | None:
         """The delta of a chunk, None if it did not change."""
         place = self.deltas.get(chunk)
