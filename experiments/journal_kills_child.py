@@ -41,7 +41,7 @@ WORDS: Final = {2: np.uint16, 4: np.uint32}
 OPTIMIZER_BYTES: Final = 200_000
 OPS: Final = {"commit": 3, "commit with optimizer": 3, "rollback": 3, "publish": 4}
 """What a child does after its recovery, and how often."""
-WINDOW_S: Final = 0.002
+WINDOW_S: Final = 0.02
 """How long the faults `no-draft` and `rename-first` leave a manifest without its bytes."""
 
 State = dict[str, Words]

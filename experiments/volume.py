@@ -125,7 +125,7 @@ class Volume:
         _call("sync", "--file-system", self.path)
 
     def cut(self, way: str) -> None:
-        """Lose what was not synced; unmount it, and mount it again, to see what is left."""
+        """Lose what was not synced; `remount` shows what is left."""
         if way == "unplug":
             self.unplug()
         else:

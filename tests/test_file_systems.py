@@ -32,7 +32,7 @@ except (Unable, OSError) as error:
     sys.exit(str(error))
 """
 NUM_CUTS = 10
-MAX_CUTS_TO_FIND = 20
+MAX_CUTS_TO_FIND = 40
 """Of a journal that is wrong."""
 BEGUN_S = 60.0
 
@@ -77,7 +77,7 @@ def test_no_power_cut_loses_what_was_acknowledged_and_every_fault_is_found(tmp_p
     }
     assert here["full"]["commit"] >= 2 and here["full"]["publish"] >= 5, here
     missed = [name for name, each in result["faults"]["ext4"].items() if each["found"] is None]
-    assert missed in ([], ["rename-first"]), result  # Its window is narrow.
+    assert not missed, result
     assert not attached(tmp_path) and not list(loose(tmp_path))
 
 
