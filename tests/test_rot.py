@@ -274,6 +274,39 @@ def test_a_file_that_cannot_be_read_is_damage_and_no_more(path: str) -> None:
     assert found.commit(state, 50, b"moments", 5).generation == newest + 1
 
 
+class LeavingDisk(ModelDisk):
+    """Can do so many things, and then nothing any more."""
+
+    left = 10**9
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in ("read", "write", "sync", "names", "size", "create", "rename", "exchange"):
+            return found
+
+        def act(*arguments: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise DiskFailed(f"cannot {name}: Input/output error")
+            return found(*arguments)
+
+        return act
+
+
+def test_a_disk_that_goes_away_in_the_middle_is_said_to_have_failed() -> None:
+    """Never that something is missing or damaged, which somebody might act on."""
+    num_acts = 0
+    while True:
+        disk = LeavingDisk(IMAGE)
+        disk.left = num_acts
+        try:
+            opened(disk)
+            break
+        except DiskFailed:
+            num_acts += 1
+    assert num_acts > 100
+
+
 @pytest.mark.parametrize("name", ["reverie.json", "a.safetensors"])
 def test_a_public_file_that_cannot_be_read_is_rebuilt_from_the_other_directory(name: str) -> None:
     disk = BadSector(IMAGE)

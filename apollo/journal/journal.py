@@ -186,7 +186,7 @@ class Journal:
         Raises SlotDamaged or WeightsDamaged with the public directory as it was.
         """
         newest, slots = self.newest, self.slots.slots()
-        held = self.slots.require(slots[0].directory)
+        held = self.slots.require(self.slots.first())
         is_public = held.generation == newest.generation and held.root in ("", newest.root)
         if is_public and not is_forced:
             return newest

@@ -53,9 +53,20 @@ def open_journal(
 ) -> Recovered:
     """Open the journal of the model at models/`name`, or begin one.
 
-    Idempotent, and safe to interrupt anywhere. Raises NothingToRecover without a public directory.
+    Idempotent, and safe to interrupt anywhere. Raises NothingToRecover without a public directory,
+    WeightsDamaged if no copy of something is good, DiskFailed if the disk goes away meanwhile.
     Nothing is believed before it is durable: whoever was killed may have left it in memory only.
     """
+    try:
+        return _open(disk, name, chunk_words, threads, progress)
+    except (NothingToRecover, WeightsDamaged):
+        disk.sync("models")  # A disk that is gone says so here: nothing is known to be damaged.
+        raise
+
+
+def _open(
+    disk: Disk, name: str, chunk_words: int, threads: int, progress: Callable[[str], None]
+) -> Recovered:
     slots = Slots(disk, name)
     slots.mend()
     folder = f"state/{name}/journal"

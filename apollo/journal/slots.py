@@ -49,10 +49,9 @@ class Slots:
             return None
 
     def require(self, directory: str) -> Manifest:
-        """The manifest of a directory that was found to have one."""
-        held = self.manifest(directory)
-        assert held is not None, f"{directory} has lost its manifest"
-        return held
+        """The manifest of a directory that was found to have one; raises DiskFailed."""
+        path = f"{directory}/{manifest.FILE_NAME}"
+        return manifest.decode(self._disk.read(path), path)
 
     def slots(self) -> list[Slot]:
         """Complete directories, the public one first."""
@@ -62,6 +61,11 @@ class Slots:
             if held is not None:
                 found.append(Slot(directory, held.generation))
         return found
+
+    def first(self) -> str:
+        """The first complete directory; the public one if none can be read, which then says why."""
+        found = self.slots()
+        return found[0].directory if found else self.public
 
     def mend(self) -> None:
         """Finish a swap that was cut: between its two renames, or before it was durable."""
@@ -130,7 +134,7 @@ class Slots:
             for at, words in zip(ours, ahead(read, ours, threads), strict=True):
                 self._disk.write(path, image.chunks[at].offset, words.data.cast("B"))
             self._settle(hidden, name, image, ours, table, threads)
-        source = self.slots()[0].directory
+        source = self.first()
         for name in self._other_files(source, image):
             self._copy(f"{source}/{name}", f"{hidden}/{name}")
         sizes = {name: self._disk.size(f"{hidden}/{name}") for name in self._disk.names(hidden)}
