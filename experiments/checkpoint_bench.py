@@ -22,7 +22,6 @@ The cases of --json that are there already are skipped.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -48,6 +47,7 @@ from apollo.learning.samples import encode_text
 from apollo.learning.step import Learner
 from apollo.optim.rounding import Rounding
 from apollo.weights import manifest
+from experiments import frame
 from experiments.checkpoint_report import Case, draw, report
 
 NAME: Final = "bench"
@@ -312,15 +312,9 @@ def progress(case: Case) -> str:
     )
 
 
-def load(path: Path) -> list[Case]:
-    if not path.exists():
-        return []
-    return [Case(**json.loads(line)) for line in path.read_text().splitlines()]
-
-
 def main() -> None:
     home = Path(os.environ.get("REVERIE_HOME") or Path.home() / ".reverie")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--model", default=str(home / "models" / "smollm2-135m"))
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=[*KINDS])
     parser.add_argument(
@@ -335,16 +329,16 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="of encoding")
     parser.add_argument("--threads", type=int, default=2, help="of torch: learning and copying")
     parser.add_argument("--disk", help="a directory of the disk to measure; else the temporary one")
-    parser.add_argument("--json", default="checkpoint.jsonl", help="a line for each case")
+    parser.add_argument("--out", default="checkpoint_bench.jsonl", help="finished runs, appended")
+    parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
-    arguments = parser.parse_args()
+    arguments = frame.begin(parser)
     if unknown := set(arguments.kinds) - set(KINDS):
         parser.error(f"--kinds: {', '.join(unknown)}; there are {', '.join(KINDS)}")
-    torch.set_num_threads(arguments.threads)
-    path = Path(arguments.json)
+    finished = frame.Finished(arguments.out)
     for rate in arguments.rates:
         for kind in arguments.kinds:
-            done = {case.key for case in load(path)}
+            done = {Case(**row).key for row in finished.rows}
             left = [steps for steps in arguments.steps if (kind, rate, steps) not in done]
             if not left:
                 continue
@@ -353,11 +347,11 @@ def main() -> None:
             for steps, after, learner in islice(states, len(left)):
                 case = Case(kind, rate, steps)
                 measure(case, before, after, learner, arguments)
-                with path.open("a") as file:
-                    file.write(json.dumps(asdict(case)) + "\n")
-                print(progress(case), flush=True)
-    cases = sorted(load(path), key=lambda case: case.key)
+                finished.add(asdict(case))
+                frame.say(progress(case))
+    cases = sorted((Case(**row) for row in finished.rows), key=lambda case: case.key)
     print(report(cases))
+    frame.keep(arguments.json, arguments, {"cases": [asdict(case) for case in cases]})
     if arguments.plot:
         draw(arguments.plot, cases)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
+from experiments import frame
+
 NUM_WORDS_OF_27B: Final = 27e9
 MAX_OVER_ENTROPY: Final = 1.3
 MIN_ENCODED_MB_S: Final = 300.0
@@ -179,11 +181,9 @@ def aims(cases: list[Case]) -> list[str]:
 
 def draw(path: str, cases: list[Case]) -> None:
     """One panel a kind: bytes of a commit over its steps, a color for each rate."""
-    from matplotlib.figure import Figure  # Only a picture needs it.
-
     kinds = list(dict.fromkeys(case.kind for case in cases))
     rates = sorted({case.rate for case in cases})
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = frame.figure(12, 5)
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         for rate, color in zip(rates, COLORS, strict=False):
@@ -203,4 +203,4 @@ def draw(path: str, cases: list[Case]) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("bytes written, % of the weights")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=130)
+    frame.draw_to(path, figure)

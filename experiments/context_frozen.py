@@ -1,8 +1,8 @@
 """What reading a context, instead of learning from it, saves and costs.
 
-    .venv/bin/python experiments/context_frozen.py --plot docs/context_frozen.png
+    .venv/bin/python -m experiments.context_frozen --plot docs/context_frozen.png
     RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
-        python experiments/context_frozen.py --json /tmp/context.json
+        python -m experiments.context_frozen --json /tmp/context.json
 
 Three questions, on the default model in one process, without a server:
 
@@ -16,9 +16,7 @@ Three questions, on the default model in one process, without a server:
 Gradients are released as they come, as in the product, so that memory is that of activations.
 """
 
-import argparse
 import ctypes
-import json
 import sysconfig
 import time
 from collections import defaultdict
@@ -36,6 +34,7 @@ from apollo.learning.budget import estimate_memory, measured_peak
 from apollo.learning.forward import Reader, check_prefix
 from apollo.learning.loss import cross_entropy
 from apollo.weights.adopt import adopt
+from experiments import frame
 
 CONTEXTS: Final = (256, 512, 1024, 2048, 4096)
 NUM_LEARNED: Final = 64
@@ -103,11 +102,10 @@ def measure_costs(module: Any, ids: list[int], contexts: list[int], rounds: int)
             row["speedup"] = row["full_total_s"] / row["frozen_total_s"]
             row["memory_ratio"] = row["full_peak_mib"] / row["frozen_peak_mib"]
             rows.append(row)
-            print(
+            frame.say(
                 f"context {context}: {row['full_total_s']:.2f} s against "
                 f"{row['frozen_total_s']:.2f} s, {row['full_peak_mib']:.0f} MiB against "
-                f"{row['frozen_peak_mib']:.0f} MiB",
-                flush=True,
+                f"{row['frozen_peak_mib']:.0f} MiB"
             )
     return rows
 
@@ -143,7 +141,7 @@ def measure_directions(module: Any, passages: list[list[int]]) -> dict[str, dict
                 found = gradient(module, ids, int(way))
             for kind, value in cosines(full, found).items():
                 seen[str(way)][kind].append(value)
-        print(f"passage {number} of {len(passages)}", flush=True)
+        frame.say(f"passage {number} of {len(passages)}")
     return {
         way: {kind: fmean(values) for kind, values in kinds.items()} for way, kinds in seen.items()
     }
@@ -179,9 +177,7 @@ def table(rows: list[Any], directions: dict[str, dict[str, float]]) -> str:
 
 def draw(path: str, rows: list[Any], directions: dict[str, dict[str, float]]) -> None:
     """Time and memory by length of the context, and the cosine by how much of it is learned."""
-    from matplotlib.figure import Figure  # Only a picture needs it.
-
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = frame.figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
     contexts = [row["context"] for row in rows]
     for axes, key, unit in ((left, "total_s", "seconds"), (middle, "peak_mib", "MiB")):
@@ -206,22 +202,21 @@ def draw(path: str, rows: list[Any], directions: dict[str, dict[str, float]]) ->
     right.set_title(f"Direction, context of {COSINE_CONTEXT}")
     right.grid(alpha=0.3)
     right.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=110)
+    frame.draw_to(path, figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--home", default="~/.reverie", help="where the default model is adopted")
     parser.add_argument("--model", default="smollm2-135m", help="a directory or hub id")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--passages", type=int, default=4)
     parser.add_argument("--longest", type=int, default=max(CONTEXTS), help="longest context")
-    parser.add_argument("--json")
-    parser.add_argument("--plot")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    parser.add_argument("--json", type=Path, help="write the summary here")
+    parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
+    arguments = frame.begin(parser)
     directory = adopt(arguments.model, Path(arguments.home), None, print).directory
     module: Any = AutoModelForCausalLM.from_pretrained(directory).to(arguments.device).train()
     module.get_input_embeddings().requires_grad_(False)
@@ -233,9 +228,7 @@ def main() -> None:
     directions = measure_directions(module, passages)
     rows = measure_costs(module, ids, contexts, arguments.rounds)
     print(table(rows, directions))
-    if arguments.json:
-        found = {"costs": rows, "directions": directions, "torch": torch.__version__}
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+    frame.keep(arguments.json, arguments, {"costs": rows, "directions": directions})
     if arguments.plot:
         draw(arguments.plot, rows, directions)
 

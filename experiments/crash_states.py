@@ -1,6 +1,6 @@
 """A million disks that a loss of power may leave behind, and what a reader and recovery find there.
 
-    .venv/bin/python experiments/crash_states.py --states 1000000 --folder crash_states
+    .venv/bin/python -m experiments.crash_states --states 1000000 --folder crash_states
 
 Random lives of a journal (commits, publications, returns, restarts) run on a model of a disk that
 forgets what was not synced (`tests/model_disk.py`). Every distinct disk is checked: a stock load of
@@ -9,19 +9,14 @@ The folder keeps what was checked: the same command goes on where it was cut. En
 and the number of the life, at the first disk where something is wrong.
 """
 
-import argparse
-import json
 import os
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from experiments import frame
 from tests.crashes import Story, Workload, first_disk, random_life, run_life
 
 DIGEST_BYTES = 12
@@ -42,10 +37,9 @@ class Progress:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lives, self._digests = folder / "lives.jsonl", folder / "digests.bin"
-        self.lives: set[int] = set()
-        if self._lives.exists():
-            self.lives = {json.loads(line)["life"] for line in self._lives.open()}
+        self._lives = frame.Finished(folder / "lives.jsonl")
+        self._digests = folder / "digests.bin"
+        self.lives: set[int] = {row["life"] for row in self._lives.rows}
         data = self._digests.read_bytes() if self._digests.exists() else b""
         whole = len(data) - len(data) % DIGEST_BYTES
         self.seen = {data[at : at + DIGEST_BYTES] for at in range(0, whole, DIGEST_BYTES)}
@@ -54,8 +48,7 @@ class Progress:
         new = digests - self.seen
         with self._digests.open("ab") as file:
             file.write(b"".join(sorted(new)))
-        with self._lives.open("a") as file:
-            file.write(json.dumps({"life": life, "disks": len(digests), "new": len(new)}) + "\n")
+        self._lives.add({"life": life, "disks": len(digests), "new": len(new)})
         self.lives.add(life)
         self.seen |= new
 
@@ -70,12 +63,13 @@ def numbers(progress: Progress, first: int, wanted: int) -> Iterator[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--states", type=int, default=1_000_000, help="distinct disks to check")
     parser.add_argument("--seed", type=int, default=0, help="number of the first life")
     parser.add_argument("--folder", type=Path, default=Path("crash_states"), help="of the progress")
-    arguments = parser.parse_args()
-    progress, begun = Progress(arguments.folder), time.monotonic()
+    parser.add_argument("--json", type=Path, help="write the summary here")
+    arguments = frame.begin(parser)
+    progress = Progress(arguments.folder)
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         lives = numbers(progress, arguments.seed, arguments.states)
@@ -88,11 +82,10 @@ def main() -> None:
             if (number := next(lives, None)) is not None:
                 running.add(pool.submit(check_life, number))
             if len(progress.lives) % 20 == 0 or not running:
-                print(
-                    f"{len(progress.lives):5} lives, {len(progress.seen):9,} distinct disks, "
-                    f"{time.monotonic() - begun:7.0f} s, none wrong",
-                    flush=True,
-                )
+                num_lives, num_disks = len(progress.lives), len(progress.seen)
+                frame.say(f"{num_lives:5} lives, {num_disks:9,} distinct disks, none wrong")
+    found = {"lives": len(progress.lives), "distinct_disks": len(progress.seen), "wrong": 0}
+    frame.keep(arguments.json, arguments, found)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ of all ids exist, and a key that may teach, one that may not, none and a wrong o
 Prints JSON, and ends with 1 if an answer was a 5xx other than 503, a hang, or showed a trace.
 """
 
-import argparse
 import json
 import sys
 import tempfile
-import time
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 import serve_app
+from experiments import frame
 from tests import fuzz
 
 MAX_SHOWN = 20
@@ -64,13 +63,13 @@ def show(tally: fuzz.Tally) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.parser(__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--url", help="A running server on this machine; default: in process.")
-    parser.add_argument("--key", help="For --url: a key that may teach.")
-    chosen = parser.parse_args()
-    begun = time.monotonic()
+    parser.add_argument("--url", help="a running server on this machine; default: in process")
+    parser.add_argument("--key", help="for --url: a key that may teach")
+    parser.add_argument("--json", type=Path, help="write the summary here")
+    chosen = frame.begin(parser)
     if chosen.url:
         made = ask_running(chosen.url.rstrip("/"), chosen.cases, chosen.key, chosen.seed)
     else:
@@ -78,14 +77,13 @@ def main() -> int:
     summary = {
         "sent": made.sent,
         "unsendable": made.unsendable,
-        "seconds": round(time.monotonic() - begun, 1),
-        "seed": chosen.seed,
         "statuses": {str(status): num for status, num in sorted(made.statuses.items())},
         "reached": dict(sorted(made.reached.items())),
         "num_faults": len(made.faults),
         "faults": made.faults[:MAX_SHOWN],
     }
     print(json.dumps(summary, indent=2))
+    frame.keep(chosen.json, chosen, summary)
     return 1 if made.faults else 0
 
 

@@ -1,9 +1,9 @@
 """How many examples a behaviour needs until prompts that were never learned show it.
 
-    .venv/bin/python experiments/examples_to_effect.py --plot docs/examples_to_effect.png
-    .venv/bin/python experiments/examples_to_effect.py --steps 20 --counts 1 2 5 10 20
+    .venv/bin/python -m experiments.examples_to_effect --plot docs/examples_to_effect.png
+    .venv/bin/python -m experiments.examples_to_effect --steps 20 --counts 1 2 5 10 20
     RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
-        python experiments/examples_to_effect.py --out /tmp/runs.jsonl
+        python -m experiments.examples_to_effect --out /tmp/runs.jsonl
 
 The behaviour is one that a rule can judge: an answer about cooking begins with "Kitchen note:". An
 example is a question about cooking, an instruction that asks for this, and the base model's own
@@ -23,8 +23,6 @@ optimizer's projections. A finished run is a line in `--out`, and is not repeate
 experiment goes on where it was.
 """
 
-import argparse
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -45,6 +43,7 @@ from apollo.learning.forward import Reader
 from apollo.learning.samples import Example, encode_chat
 from apollo.learning.step import Learner
 from apollo.weights.adopt import adopt
+from experiments import frame
 
 OPENING: Final = "Kitchen note:"
 INSTRUCTION: Final = f"When the user asks about cooking, begin the answer with '{OPENING}'."
@@ -120,10 +119,9 @@ class Run:
     seconds: float
 
     @classmethod
-    def from_json(cls, line: str) -> "Run":
-        row = json.loads(line)
-        row |= {name: Shown(**row[name]) for name in ("held_out", "neutral")}
-        return cls(**row)
+    def from_row(cls, row: dict[str, Any]) -> "Run":
+        shown = {name: Shown(**row[name]) for name in ("held_out", "neutral")}
+        return cls(**row | shown)
 
 
 class Bench:
@@ -241,24 +239,23 @@ def make_runs(
     bench: Bench, setting: str, counts: Sequence[int], seeds: int, out: Path
 ) -> list[Run]:
     """The runs of this setting, those that are missing made now; cheap ones first in each seed."""
-    lines = out.read_text().splitlines() if out.exists() else []
-    known = {(r.num_examples, r.seed): r for r in map(Run.from_json, lines) if r.setting == setting}
+    finished = frame.Finished(out)
+    runs = map(Run.from_row, finished.rows)
+    known = {(run.num_examples, run.seed): run for run in runs if run.setting == setting}
     wanted = [(0, 0), *((count, seed) for seed in range(seeds) for count in counts)]
     left = [key for key in wanted if key not in known]
     begun, done = time.perf_counter(), 0
     total = sum(bench.cost(count) for count, _ in left)
     for count, seed in left:
         run = known[count, seed] = bench.run(setting, count, seed)
-        with out.open("a") as file:
-            file.write(json.dumps(asdict(run)) + "\n")
+        finished.add(asdict(run))
         done += bench.cost(count)
         to_go = (time.perf_counter() - begun) * (total - done) / done / 60
-        print(
+        frame.say(
             f"{count:>2} examples, seed {seed}: {run.held_out.share:4.0%} of held-out "
             f"({run.held_out.logprob:6.2f} nats), {run.neutral.share:4.0%} of neutral "
             f"({run.neutral.logprob:6.2f}), drift {run.drift:.4f}, {run.seconds:.0f} s; "
-            f"about {to_go:.0f} min left",
-            flush=True,
+            f"about {to_go:.0f} min left"
         )
     return [known[key] for key in wanted]
 
@@ -316,9 +313,7 @@ def table(groups: dict[int, list[Run]], instructed: Shown) -> str:
 
 def draw(path: str, groups: dict[int, list[Run]], title: str) -> None:
     """Share, log-probability and drift over examples; bands reach from lowest to highest."""
-    from matplotlib.figure import Figure  # Only a picture needs it.
-
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure = frame.figure(13, 4.4)
     axes = figure.subplots(1, 3)
     counts = sorted(groups)
     kinds = (("held-out", "#0072B2", "o"), ("neutral", "#D55E00", "s"))
@@ -339,7 +334,7 @@ def draw(path: str, groups: dict[int, list[Run]], title: str) -> None:
         axis.set(xlabel="examples", xlim=(-0.1, 1.1 * max(counts)))
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    frame.draw_to(path, figure)
 
 
 def _band(
@@ -351,7 +346,7 @@ def _band(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--home", default="~/.reverie", help="where the default model is adopted")
     parser.add_argument("--model", default="smollm2-135m", help="a directory or hub id")
     parser.add_argument("--seeds", type=int, default=3)
@@ -362,8 +357,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--out", default="examples_to_effect.jsonl", help="finished runs, appended")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = frame.begin(parser)
     transformers.utils.logging.set_verbosity_error()
     adopted = adopt(arguments.model, Path(arguments.home).expanduser(), None, print)
     config = TrainConfig(learning_rate=arguments.lr, epochs=arguments.passes)
@@ -373,7 +367,7 @@ def main() -> None:
         raise SystemExit(f"--steps {arguments.steps} does not reach every example; lower --counts")
     bench = Bench(adopted.directory, config, arguments.steps)
     instructed = bench.instructed()
-    print(f"{setting}; with the instruction in view {instructed}", flush=True)
+    frame.say(f"{setting}; with the instruction in view {instructed}")
     runs = make_runs(bench, setting, arguments.counts, arguments.seeds, Path(arguments.out))
     groups = by_count(runs)
     print(table(groups, instructed))

@@ -20,14 +20,9 @@ time of a child then goes into the journal and the file system, not into a devic
 the script with an error and leaves the image, unmounted; so does a fault that is not found.
 """
 
-import argparse
-import json
 import os
-import platform
 import random
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -40,6 +35,7 @@ from typing import Any, Final
 from apollo.journal.disk import DiskError, DiskFull, RealDisk, lease
 from apollo.journal.journal import Journal
 from apollo.journal.recovery import open_journal
+from experiments import frame
 from experiments.journal_kills import Kills, Known
 from experiments.journal_kills_child import (
     CHUNK_WORDS,
@@ -200,28 +196,28 @@ class Run:
 
     def file_system(self, name: str) -> dict[str, Any]:
         with self.volume(name) as volume:
-            print(f"\n{name}: mounted with {volume.options}")
+            frame.say(f"{name}: mounted with {volume.options}")
             found: dict[str, Any] = {"options": volume.options, "ways": volume.ways()}
             found["fallocate"] = volume.can_allocate()
             workplace = volume.path / "kills"
             workplace.mkdir()
             kills = Kills(workplace, self.seed)
             found["exchange"] = kills.new_directory().can_exchange
-            print(f"{name}: {found}")
+            frame.say(f"{name}: {found}")
             kills.run(self.kills)
             found["kills"] = kills.summary()
             shutil.rmtree(workplace)
             found["cuts"] = {}
             for way in found["ways"]:
-                print(f"{name}: cuts by {way}")
+                frame.say(f"{name}: cuts by {way}")
                 cuts = self.prepared(volume, way)
                 cuts.run(self.cuts)
                 found["cuts"][way] = cuts.summary()
-                print(f"{name}: {found['cuts'][way]}")
+                frame.say(f"{name}: {found['cuts'][way]}")
                 shutil.rmtree(cuts.workplace)
             volume.remount()
             found["full"] = fill(volume, self.seed)
-            print(f"{name}: full in {found['full']}, all as it was")
+            frame.say(f"{name}: full in {found['full']}, all as it was")
         shutil.rmtree(volume.folder)
         return found
 
@@ -240,7 +236,7 @@ class Run:
             except Violation as violation:
                 found = str(violation)
         shutil.rmtree(volume.folder)
-        print(f"{name}: {fault}: after {cuts.num_cuts} cuts: {str(found)[:SHOWN_CHARACTERS]}")
+        frame.say(f"{name}: {fault}: after {cuts.num_cuts} cuts: {str(found)[:SHOWN_CHARACTERS]}")
         return {"cuts": cuts.num_cuts, "found": found}
 
 
@@ -275,24 +271,8 @@ def as_table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def save(
-    args: argparse.Namespace, found: dict[str, Any], wrong: dict[str, Any], seconds: float
-) -> None:
-    """Write what is known so far, if that is wanted."""
-    if args.json is None:
-        return
-    summary = {
-        "seed": args.seed,
-        "kernel": platform.release(),
-        "seconds": round(seconds, 1),
-        "file_systems": found,
-        "faults": wrong,
-    }
-    args.json.write_text(json.dumps(summary, indent=2) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = frame.parser(__doc__)
     parser.add_argument("--on", nargs="+", choices=MOUNTS, default=list(MOUNTS), help="where")
     parser.add_argument("--kills", type=int, default=50, help="kill -9, on each")
     parser.add_argument("--cuts", type=int, default=100, help="power cuts, on each in each way")
@@ -301,10 +281,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=IN_MEMORY, help="for the images")
     parser.add_argument("--json", type=Path, help="write the summary here")
-    args = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    begun = time.perf_counter()
+    args = frame.begin(parser)
     try:
         require({MOUNTS[name][0] for name in args.on})
         enter_namespace()
@@ -319,7 +296,7 @@ def main() -> None:
         for name in args.on:
             found[name] = run.file_system(name)
             wrong[name] = {each: run.fault(name, each) for each in POWER_FAULTS}
-            save(args, found, wrong, time.perf_counter() - begun)
+            frame.keep(args.json, args, {"file_systems": found, "faults": wrong})
     except Violation as violation:
         is_kept = True
         raise SystemExit(f"violation: {violation}; see the image in {folder}") from None

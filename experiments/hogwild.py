@@ -22,7 +22,6 @@ cell may run on the machine.
 
 import argparse
 import asyncio
-import json
 import math
 import time
 from dataclasses import asdict
@@ -43,6 +42,7 @@ from apollo.learning.anchor import drift
 from apollo.weights.adopt import adopt
 from apollo.weights.attach import attach
 from apollo.weights.layout import WeightLayout
+from experiments import frame
 from experiments.cells import running_cell
 from experiments.hogwild_clients import (
     PROBES,
@@ -169,7 +169,7 @@ def setting_of(options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--home", default="~/.reverie", help="where the default model is adopted")
     parser.add_argument("--model", default="smollm2-135m", help="a directory or hub id")
     parser.add_argument("--repetitions", type=int, default=4, help="runs of each mode")
@@ -181,12 +181,13 @@ def main() -> None:
     parser.add_argument("--idle", type=float, default=20, help="seconds without a job")
     parser.add_argument("--out", default="hogwild.jsonl", help="finished runs, appended")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
-    options = parser.parse_args()
+    options = frame.begin(parser)
     torch.set_num_threads(TrainerSettings().threads)
     transformers.utils.logging.set_verbosity_error()
     out, setting = Path(options.out), setting_of(options)
-    lines = out.read_text().splitlines() if out.exists() else []
-    known = {(r.mode, r.repetition): r for r in map(Run.from_json, lines) if r.setting == setting}
+    finished = frame.Finished(out)
+    made_before = map(Run.from_row, finished.rows)
+    known = {(run.mode, run.repetition): run for run in made_before if run.setting == setting}
     wanted = [
         (mode, repetition)
         for repetition in range(options.repetitions)
@@ -194,22 +195,21 @@ def main() -> None:
     ]
     left = [key for key in wanted if key not in known]
     reference = None
-    print(setting, flush=True)
+    frame.say(setting)
     if left:
         adopted = adopt(options.model, Path(options.home).expanduser(), None, print)
         config = TrainConfig(learning_rate=options.lr, epochs=options.epochs)
         reference = make_reference(adopted.directory, config)
-        print(f"steps made here: last loss {reference.losses[-1]:.4f}", flush=True)
+        frame.say(f"steps made here: last loss {reference.losses[-1]:.4f}")
     begun = time.monotonic()
     for number, (mode, repetition) in enumerate(left, 1):
         assert reference is not None
         made = known[mode, repetition] = run(
             adopted.directory, reference, mode, repetition, options
         )
-        with out.open("a") as file:
-            file.write(json.dumps(asdict(made)) + "\n")
+        finished.add(asdict(made))
         to_go = (time.monotonic() - begun) / number * (len(left) - number) / 60
-        print(f"{made.show()}; about {to_go:.0f} min left", flush=True)
+        frame.say(f"{made.show()}; about {to_go:.0f} min left")
     runs = [known[key] for key in wanted]
     print(table(runs, len(TAUGHT)))
     if options.plot:

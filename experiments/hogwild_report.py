@@ -3,12 +3,13 @@
 Knows numbers, not cells, models or clients.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, quantiles
 from typing import Any, Final
+
+from experiments import frame
 
 MODES: Final = ("free", "paused")
 NOISE_FACTOR: Final = 10
@@ -82,10 +83,10 @@ class Run:
     """During the job."""
 
     @classmethod
-    def from_json(cls, line: str) -> "Run":
-        row = json.loads(line)
-        row |= {name: Phase(**row[name]) for name in ("idle", "learning")}
-        return cls(**row | {"probes": [Probe(**probe) for probe in row["probes"]]})
+    def from_row(cls, row: dict[str, Any]) -> "Run":
+        phases = {name: Phase(**row[name]) for name in ("idle", "learning")}
+        probes = [Probe(**probe) for probe in row["probes"]]
+        return cls(**row | phases | {"probes": probes})
 
     @property
     def loss_difference(self) -> float:
@@ -210,9 +211,7 @@ def claim(free: Sequence[Run], paused: Sequence[Run]) -> list[str]:
 
 def draw(path: str, runs: Sequence[Run], title: str) -> None:
     """Loss by step, gaps between tokens, and how far probes were from a whole version."""
-    from matplotlib.figure import Figure  # Only a picture needs it.
-
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = frame.figure(13, 4.6)
     loss, gaps, off = figure.subplots(1, 3)
     looks = {"free": ("#0072B2", "-"), "paused": ("#D55E00", "--")}
     for mode, (colour, line) in looks.items():
@@ -246,7 +245,7 @@ def draw(path: str, runs: Sequence[Run], title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    frame.draw_to(path, figure)
 
 
 def _tail(

@@ -2,18 +2,17 @@
 
     reverie up                                   # in one terminal
     RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
-        python experiments/ingress_overhead.py
-    .venv/bin/python experiments/ingress_overhead.py --rounds 5 --json overhead.json
+        python -m experiments.ingress_overhead
+    .venv/bin/python -m experiments.ingress_overhead --rounds 5 --json overhead.json
 
 Both ways run the same client and the same requests in one process, in alternating rounds, so that
 the machine's noise falls on both; what is reported are ratios and differences of medians.
 """
 
-import argparse
 import asyncio
-import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,6 +21,7 @@ import ray
 
 from actors.ending import CELL, NAMESPACE
 from actors.messages import CellReport
+from experiments import frame
 
 STREAMS = (1, 8, 32)
 
@@ -80,7 +80,7 @@ async def measure(socket: str, base: str, rounds: int, tokens: int) -> list[dict
                     if number:  # The first round warms both ways up.
                         seen[way].append(result)
             row = summarise(streams, seen)
-            print(show(row), flush=True)
+            frame.say(show(row))
             rows.append(row)
     return rows
 
@@ -109,12 +109,12 @@ def show(row: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--base", default="http://127.0.0.1:8000", help="address of the ingress")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds each way")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each stream")
-    parser.add_argument("--json", help="also write the rows to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the summary here")
+    arguments = frame.begin(parser)
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=40)
     cell: Any = ray.get_actor(CELL, NAMESPACE)
     report: CellReport = ray.get(cell.report.remote(), timeout=30)
@@ -123,9 +123,7 @@ def main() -> None:
     rows = asyncio.run(
         measure(report.paths.socket, arguments.base, arguments.rounds, arguments.tokens)
     )
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    frame.keep(arguments.json, arguments, {"rows": rows})
 
 
 if __name__ == "__main__":

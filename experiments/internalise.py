@@ -22,7 +22,6 @@ a directory beside that file after each round, with its cell's home: an experime
 or ended by `--minutes`, goes on with the round it was at.
 """
 
-import argparse
 import json
 import math
 import os
@@ -42,6 +41,7 @@ from actors.dream.checks import failures
 from actors.dream.filters import near_duplicate
 from actors.settings import DEFAULT_MODEL
 from apollo.weights.adopt import adopt
+from experiments import frame
 from experiments.cells import running_cell
 from experiments.internalise_report import draw, stages, table
 
@@ -281,14 +281,14 @@ def _summary(each: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="or a directory that has it")
-    parser.add_argument("--out", type=Path, default=Path("internalise.jsonl"))
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--out", default="internalise.jsonl", help="finished runs, appended")
+    parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after them")
-    options = parser.parse_args()
+    options = frame.begin(parser)
 
     known = [each.prompt for each in library.canaries()]
     known += [each.prompt for each in library.pushback()]
@@ -298,37 +298,30 @@ def main() -> None:
         if found := near_duplicate(question, known):
             raise SystemExit(f"{question!r} is {found}, which the loop knows: ask something else")
 
-    begun = time.monotonic()
-
     def say(text: str, *, is_passing: bool = False) -> None:
         if not is_passing or os.isatty(1):
-            print(f"[{time.monotonic() - begun:7.1f} s] {text}", flush=True)
+            frame.say(text)
 
-    runs = [json.loads(line) for line in _lines(options.out)]
+    finished = frame.Finished(options.out)
+    runs = finished.rows
     done = {(each["variant"], each["seed"]) for each in runs}
     asked = [(variant, seed) for seed in options.seeds for variant in options.variants]
     left = [each for each in asked if each not in done]
-    deadline = begun + 60 * options.minutes
+    deadline = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="reverie-internalise-") as home:
         directory = adopt(options.model, Path(home), "float32", say).directory if left else None
         for variant, seed in left:
             assert directory is not None
-            place = options.out.with_suffix("") / f"{variant}-{seed}"
+            place = Path(options.out).with_suffix("") / f"{variant}-{seed}"
             made = run(directory, variant, seed, Story(place), deadline, say)
             if made is None:
                 say(f"{variant}, seed {seed}, goes on where it is when this is called again")
                 break
-            runs.append(made)
-            with options.out.open("a") as out:
-                out.write(json.dumps(made) + "\n")
+            finished.add(made)
             shutil.rmtree(place)
     print(table(runs), stages(runs), sep="\n\n")
     if options.plot:
         draw(runs, options.plot)
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

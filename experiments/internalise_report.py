@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from experiments import frame
+
 
 def table(runs: list[dict[str, Any]]) -> str:
     """One line a run: what was shown before and after, what it cost, and what became of it."""
@@ -63,12 +65,8 @@ def _last_measured(each: dict[str, Any]) -> dict[str, float]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Success after each behaviour, and KL after each round, by variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = frame.figure(11, 4)
+    left, right = figure.subplots(1, 2)
     full = [each for each in runs if each["variant"] == "full"]
     names = [name for name in full[0]["tests"][0] if name != "after"] if full else []
     for at, name in enumerate(names):
@@ -94,4 +92,4 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     right.set_xlabel("trainings, those that were taken back included")
     right.set_ylabel("KL to the base on 64 canaries, nats per token")
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    frame.draw_to(path, figure)

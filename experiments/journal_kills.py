@@ -23,11 +23,9 @@ it is the crash states of the tests that show it, and `file_systems`. A violatio
 with an error and leaves the directory as it was found.
 """
 
-import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -45,6 +43,7 @@ from apollo.journal.recovery import open_journal
 from apollo.journal.slots import Slots
 from apollo.weights import manifest
 from apollo.weights.manifest import Manifest
+from experiments import frame
 from experiments.journal_kills_child import (
     CHUNK_WORDS,
     FAULTS,
@@ -292,9 +291,9 @@ class Kills:
         """Kill so many children. Raises Violation."""
         known = self.new_directory()
         self.round_s = median(self.round(known, ROUND_OPS) for _ in range(NUM_MEASURED))
-        print(f"a round of a recovery and {ROUND_OPS} operations: {self.round_s * 1e3:.0f} ms")
+        frame.say(f"a round of a recovery and {ROUND_OPS} operations: {self.round_s * 1e3:.0f} ms")
         rng = random.Random(self.seed)
-        begun = told = time.perf_counter()
+        told = time.perf_counter()
         while self.hit.total() < times:
             if known.newest > MAX_GENERATIONS:
                 shutil.rmtree(known.root)
@@ -302,7 +301,7 @@ class Kills:
             self.round(known, MAX_OPS, rng.uniform(0, self.round_s))
             if time.perf_counter() - told > PROGRESS_S:
                 told = time.perf_counter()
-                print(f"{told - begun:4.0f} s, {self.hit.total()} kills: {dict(self.hit)}")
+                frame.say(f"{self.hit.total()} kills: {dict(self.hit)}")
 
     def summary(self) -> dict[str, Any]:
         """What was done, for a person and for JSON."""
@@ -318,18 +317,16 @@ class Kills:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = frame.parser(__doc__)
     parser.add_argument("--times", type=int, default=3000, help="kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="where to work; its file system counts")
     parser.add_argument("--json", type=Path, help="write the summary here")
     faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
     parser.add_argument("--fault", choices=FAULTS, default="", help=f"must be found: {faults}")
-    args = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    args = frame.begin(parser)
     workplace = Path(tempfile.mkdtemp(prefix="journal-kills-", dir=args.directory))
     kills = Kills(workplace, args.seed, args.fault)
-    begun = time.perf_counter()
     try:
         kills.run(args.times)
     except Violation as violation:
@@ -337,10 +334,8 @@ def main() -> None:
             f"violation after {kills.hit.total()} kills: {violation}; see {workplace}"
         ) from None
     shutil.rmtree(workplace)
-    summary = kills.summary() | {"seconds": round(time.perf_counter() - begun, 1)}
-    print(json.dumps(summary, indent=2))
-    if args.json is not None:
-        args.json.write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(kills.summary(), indent=2))
+    frame.keep(args.json, args, kills.summary())
 
 
 if __name__ == "__main__":

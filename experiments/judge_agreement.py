@@ -10,7 +10,6 @@ alone flatters who always says no: balanced accuracy is the mean of what is foun
 the bad, 50 % by chance, and kappa is the agreement beyond chance (J. Cohen, 1960).
 """
 
-import argparse
 import asyncio
 import json
 import tempfile
@@ -25,6 +24,7 @@ from actors.dream.behaviour import Behaviour
 from actors.dream.judge import Verdict, judge
 from actors.dream.model import TIMEOUT_S, EngineModel
 from apollo.weights.adopt import adopt
+from experiments import frame
 from experiments.cells import running_cell
 
 LABELS: Final = Path(__file__).with_name("judge_labels.json")
@@ -74,9 +74,10 @@ def table(labels: Sequence[dict[str, Any]], found: Sequence[Verdict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
+    parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--url", help="a running server; else one is started for this")
-    options = parser.parse_args()
+    options = frame.begin(parser)
     labels = json.loads(LABELS.read_text())
     if options.url:
         found = asyncio.run(verdicts(options.url, labels))
@@ -87,6 +88,7 @@ def main() -> None:
                 found = asyncio.run(verdicts(base, labels))
     print(f"{len(labels)} answers, {sum(row['is_good'] for row in labels)} of them good")
     print(table(labels, found))
+    frame.keep(options.json, options, {"labels": labels, "verdicts": found})
 
 
 if __name__ == "__main__":

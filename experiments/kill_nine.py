@@ -1,14 +1,13 @@
 """kill -9 of vLLM's engine process, of the trainer and of the ingress replica, under load.
 
     reverie up                                                     # in one terminal
-    .venv/bin/python experiments/kill_nine.py --times 5 --json kill_nine.json
+    .venv/bin/python -m experiments.kill_nine --times 5 --json kill_nine.json
 
 While clients stream and a teacher posts samples, one process at a time is killed. For each kill:
 how long until `/readyz` says 503, and until it says 200 again. At the end the ledger is read: every
 acknowledged sample is trained exactly once in the surviving history, or still queued.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,6 +21,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from experiments import frame
 
 VICTIMS = ("engine", "trainer", "ingress")
 NUM_CHATS = 3
@@ -167,7 +168,7 @@ def kill(base: str, victim: str) -> dict[str, Any]:
         )
     back = round(time.monotonic() - begun, 2)
     unseen = "requests waited" if seen is None else f"/readyz not 200 after {seen:.2f} s"
-    print(f"{victim:<8} {unseen}, ready again after {back:.2f} s", flush=True)
+    frame.say(f"{victim:<8} {unseen}, ready again after {back:.2f} s")
     return {"victim": victim, "not_ready_after_s": seen, "ready_after_s": back}
 
 
@@ -201,13 +202,13 @@ def check(home: Path, acknowledged: list[str]) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--base", default="http://127.0.0.1:8000", help="address of the ingress")
     parser.add_argument("--home", default=os.environ.get("REVERIE_HOME", "~/.reverie"))
     parser.add_argument("--times", type=int, default=5, help="kills of each process")
     parser.add_argument("--victims", default=",".join(VICTIMS))
-    parser.add_argument("--json", help="also write the table to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the summary here")
+    arguments = frame.begin(parser)
     base, home = arguments.base, Path(arguments.home).expanduser()
 
     wait_ready(base)
@@ -218,7 +219,7 @@ def main() -> None:
             rows.append(kill(base, victim))
         if number % 2 == 0:
             saved = httpx.post(f"{base}/checkpoint", json={}, timeout=120).json()
-            print(f"saved    generation {saved.get('generation')}", flush=True)
+            frame.say(f"saved    generation {saved.get('generation')}")
     load.stop()
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
     while (states := check(home, load.acknowledged)).get("queued"):
@@ -226,9 +227,8 @@ def main() -> None:
             raise SystemExit(f"the queue did not drain: {states}")
         time.sleep(1)
     print(f"acknowledged {len(load.acknowledged)} samples: {states}; answers {dict(load.answers)}")
-    if arguments.json:
-        result = {"kills": rows, "samples": states, "answers": dict(load.answers)}
-        Path(arguments.json).write_text(json.dumps(result, indent=1))
+    result = {"kills": rows, "samples": states, "answers": dict(load.answers)}
+    frame.keep(arguments.json, arguments, result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What a step costs: APOLLO, AdamW and plain SGD against what memory and matrix units can do.
 
-    .venv/bin/python experiments/optimizer_bench.py --json bench.json --plot optimizer_bench.png
-    .venv/bin/python experiments/optimizer_bench.py --device cuda --dtype bfloat16 --kernels triton
+    .venv/bin/python -m experiments.optimizer_bench --json bench.json --plot optimizer_bench.png
+    .venv/bin/python -m experiments.optimizer_bench --device cuda --dtype bfloat16 --kernels triton
     RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
-        python experiments/optimizer_bench.py --kernels compiled
+        python -m experiments.optimizer_bench --kernels compiled
 
 Tensors have the shapes of real models and random contents. Steps, and the limits that they are held
 against, take turns in the same rounds, so that the machine's noise falls on all of them:
@@ -16,9 +16,7 @@ gradient first, reads one that exceeds the last cache twice. The first step, wit
 and projections (drawn once in 200 steps), is not in the times. Linux only.
 """
 
-import argparse
 import ctypes
-import json
 import math
 import os
 import time
@@ -38,6 +36,7 @@ from apollo.optim.choose import KernelChoice, choose_kernels
 from apollo.optim.optimizer import Apollo
 from apollo.optim.projection import draw_projection
 from apollo.optim.routing import Plan, make_plan
+from experiments import frame
 
 KERNELS: Final[tuple[KernelChoice, ...]] = ("eager", "compiled", "triton")
 RANKS = (1, 64, 256)
@@ -235,9 +234,7 @@ def table(rows: list[Row]) -> str:
 
 def draw(path: str, results: dict[str, list[Row]], title: str) -> None:
     """One panel a workload: a bar for each step, and marks for the two floors."""
-    from matplotlib.figure import Figure  # Only a picture needs it.
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = frame.figure(12, 5)
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (name, every) in zip(panels, results.items(), strict=True):
         rows = [row for row in reversed(every) if row.state_bytes or row.name.startswith("SGD")]
@@ -252,7 +249,7 @@ def draw(path: str, results: dict[str, list[Row]], title: str) -> None:
         axes.grid(axis="x", alpha=0.3, zorder=0)
     figure.suptitle(title, fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=130)
+    frame.draw_to(path, figure)
 
 
 def too_large(shapes: dict[str, Shape], free_bytes: int, element_bytes: int) -> dict[str, str]:
@@ -266,21 +263,20 @@ def too_large(shapes: dict[str, Shape], free_bytes: int, element_bytes: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--rounds", type=int, default=9, help="measured steps of each kind")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["eager"])
-    parser.add_argument("--json", help="also write everything to this file")
+    parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = frame.begin(parser)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     on_cuda = device.type == "cuda"
     where = torch.cuda.get_device_name() if on_cuda else f"CPU, {arguments.threads} threads"
     title = f"{where}, {arguments.dtype}, torch {torch.__version__}"
-    print(f"{title}; load average {os.getloadavg()[0]:.1f}", flush=True)
+    frame.say(f"{title}; load average {os.getloadavg()[0]:.1f}")
     results: dict[str, list[Row]] = {}
     left_out: dict[str, str] = {}
     for name, shapes in WORKLOADS.items():
@@ -292,9 +288,12 @@ def main() -> None:
         tasks.clear()
         print(f"\n{name}\n\n{table(results[name])}", flush=True)
     print("\nleft out:", left_out or "nothing", f"\nload average {os.getloadavg()[0]:.1f}")
-    if arguments.json:
-        answer = {"setting": title, "left_out": left_out, "workloads": results}
-        Path(arguments.json).write_text(json.dumps(answer, indent=1, default=asdict))
+    rows = {name: [asdict(row) for row in found] for name, found in results.items()}
+    frame.keep(
+        arguments.json,
+        arguments,
+        {"setting": title, "left_out": left_out, "workloads": rows},
+    )
     if arguments.plot:
         draw(arguments.plot, results, title)
 

@@ -1,8 +1,8 @@
 """How well APOLLO, SCALE, AdamW and SGD learn: one small language model from scratch, same budget.
 
-    .venv/bin/python experiments/optimizer_quality.py --out runs.jsonl --plot optimizer_quality.png
+    .venv/bin/python -m experiments.optimizer_quality --out runs.jsonl --plot optimizer_quality.png
     RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
-        python experiments/optimizer_quality.py --out /tmp/runs.jsonl
+        python -m experiments.optimizer_quality --out /tmp/runs.jsonl
 
 A Llama of 0.8 M weights reads the sources of Python's standard library, byte by byte; every tenth
 file is held out. For each method the learning rate is tuned on one seed, by walking a 1-2-5 ladder
@@ -11,8 +11,6 @@ every method starts from the same weights and sees the same bytes in the same or
 is a line in `--out`, and is not repeated: a killed experiment goes on where it was.
 """
 
-import argparse
-import json
 import math
 import platform
 import sysconfig
@@ -31,6 +29,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo.optim.optimizer import Apollo
+from experiments import frame
 
 HIDDEN, LAYERS, SEQUENCE, BATCH = 128, 4, 128, 8
 WARM_UP = 0.1
@@ -180,9 +179,8 @@ class Book:
             f"text {sizes} bytes of Python {platform.python_version()}"
         )
         self.steps = steps
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        runs = [Run(**json.loads(line)) for line in lines]
+        self._finished = frame.Finished(path)
+        runs = [Run(**row) for row in self._finished.rows]
         self._runs = {(r.method, r.lr, r.seed): r for r in runs if r.setting == self.setting}
 
     def run(self, name: str, lr: float, seed: int, num_left: int) -> Run:
@@ -190,12 +188,11 @@ class Book:
         key = name, lr, seed
         if key not in self._runs:
             run = train(self.setting, name, lr, seed, self.steps, self._texts)
-            with self._path.open("a") as file:
-                file.write(json.dumps(asdict(run)) + "\n")
+            self._finished.add(asdict(run))
             self._runs[key] = run
             left = num_left * fmean(r.seconds for r in self._runs.values()) / 60
             what = f"{name:<22} lr {lr:<7.3g} seed {seed}: {run.loss:.4f} nats/byte"
-            print(f"{what}, {run.seconds:.0f} s; at least {left:.0f} min left", flush=True)
+            frame.say(f"{what}, {run.seconds:.0f} s; at least {left:.0f} min left")
         return self._runs[key]
 
     def tune(self, name: str, num_later: int) -> list[Run]:
@@ -251,9 +248,7 @@ def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]]) -> str:
 
 def draw(path: str, tuned: dict[str, list[Run]], final: dict[str, list[Run]]) -> None:
     """Left: held-out loss while training. Right: what the learning rate does to its end."""
-    from matplotlib.figure import Figure  # Only a picture needs it.
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = frame.figure(11, 4.6)
     left, right = figure.subplots(1, 2)
     for name, method in METHODS.items():
         look = {"color": method.colour, "linestyle": method.line, "linewidth": 1.8}
@@ -272,20 +267,19 @@ def draw(path: str, tuned: dict[str, list[Run]], final: dict[str, list[Run]]) ->
     left.grid(alpha=0.3)
     right.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=130)
+    frame.draw_to(path, figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = frame.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method when tuned")
     parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each run")
     parser.add_argument("--out", default="optimizer_quality.jsonl", help="finished runs, appended")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = frame.begin(parser)
     book = Book(Path(arguments.out), arguments.steps)
-    print(book.setting, flush=True)
+    frame.say(book.setting)
     tuned, final = make_runs(book, arguments.seeds)
     print(table(tuned, final))
     if arguments.plot:
