@@ -1,7 +1,6 @@
 """What keeping the weights costs: commits and publishes against save_file, blocks, and the disk.
 
-    .venv/bin/python -m experiments.checkpoint_bench --json checkpoint.jsonl \\
-        --plot docs/checkpoint_bench.png
+    .venv/bin/python -m experiments.checkpoint_bench --plot docs/checkpoint_bench.png
     RAY_AUTH_MODE=token ray job submit --working-dir . -- \\
         python -m experiments.checkpoint_bench --kinds fp32 --rates 1e-5
 
@@ -18,7 +17,7 @@ back in turns, everything that touches the disk is timed once, so that its noise
 What is read lies in the page cache. Encoding is timed apart, in memory, in seconds of one core; the
 fastest repetition counts. The minimum of a commit is the entropy of order 0 of each chunk's steps
 in units of the last place, that of 0 included. Embeddings are frozen, as they are by default.
-The cases of --json that are there already are skipped.
+The cases of --out that are there already are skipped.
 """
 
 import argparse
@@ -47,6 +46,7 @@ from apollo.learning.samples import encode_text
 from apollo.learning.step import Learner
 from apollo.optim.rounding import Rounding
 from apollo.weights import manifest
+from apollo.weights.adopt import adopt
 from experiments import frame
 from experiments.checkpoint_report import Case, draw, report
 
@@ -313,9 +313,9 @@ def progress(case: Case) -> str:
 
 
 def main() -> None:
-    home = Path(os.environ.get("REVERIE_HOME") or Path.home() / ".reverie")
     parser = frame.parser(__doc__)
-    parser.add_argument("--model", default=str(home / "models" / "smollm2-135m"))
+    parser.add_argument("--home", default="~/.reverie", help="where the default model is adopted")
+    parser.add_argument("--model", default="smollm2-135m", help="a directory or hub id")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=[*KINDS])
     parser.add_argument(
         "--rates",
@@ -327,7 +327,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=4, help="of what touches the disk")
     parser.add_argument("--repetitions", type=int, default=3, help="of encoding")
-    parser.add_argument("--threads", type=int, default=2, help="of torch: learning and copying")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--disk", help="a directory of the disk to measure; else the temporary one")
     parser.add_argument("--out", default="checkpoint_bench.jsonl", help="finished runs, appended")
     parser.add_argument("--json", type=Path, help="write the summary here")
@@ -335,6 +335,7 @@ def main() -> None:
     arguments = frame.begin(parser)
     if unknown := set(arguments.kinds) - set(KINDS):
         parser.error(f"--kinds: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    model = str(adopt(arguments.model, Path(arguments.home), "float32", frame.say).directory)
     finished = frame.Finished(arguments.out)
     for rate in arguments.rates:
         for kind in arguments.kinds:
@@ -342,7 +343,7 @@ def main() -> None:
             left = [steps for steps in arguments.steps if (kind, rate, steps) not in done]
             if not left:
                 continue
-            states = learned(kind, rate, left, arguments.model)
+            states = learned(kind, rate, left, model)
             _, before, _ = next(states)
             for steps, after, learner in islice(states, len(left)):
                 case = Case(kind, rate, steps)

@@ -5,8 +5,9 @@
 Random lives of a journal (commits, publications, returns, restarts) run on a model of a disk that
 forgets what was not synced (`tests/model_disk.py`). Every distinct disk is checked: a stock load of
 the public directory gives exactly one committed generation, recovery gives the newest durable one.
-The folder keeps what was checked: the same command goes on where it was cut. Ends with an error,
-and the number of the life, at the first disk where something is wrong.
+A life follows from its number, of which the first is `--seed`. The folder keeps what was checked:
+the same command goes on where it was cut. Ends with an error, and the number of the life, at the
+first disk where something is wrong.
 """
 
 import os
@@ -65,7 +66,7 @@ def numbers(progress: Progress, first: int, wanted: int) -> Iterator[int]:
 def main() -> None:
     parser = frame.parser(__doc__)
     parser.add_argument("--states", type=int, default=1_000_000, help="distinct disks to check")
-    parser.add_argument("--seed", type=int, default=0, help="number of the first life")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--folder", type=Path, default=Path("crash_states"), help="of the progress")
     parser.add_argument("--json", type=Path, help="write the summary here")
     arguments = frame.begin(parser)

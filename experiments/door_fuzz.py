@@ -65,7 +65,7 @@ def show(tally: fuzz.Tally) -> None:
 def main() -> int:
     parser = frame.parser(__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--url", help="a running server on this machine; default: in process")
     parser.add_argument("--key", help="for --url: a key that may teach")
     parser.add_argument("--json", type=Path, help="write the summary here")

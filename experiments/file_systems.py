@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=100, help="power cuts, on each in each way")
     faults = "; ".join(f"{name}: {what}" for name, what in POWER_FAULTS.items())
     parser.add_argument("--fault-cuts", type=int, default=60, help=f"at most, of each of {faults}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--folder", type=Path, default=IN_MEMORY, help="for the images")
     parser.add_argument("--json", type=Path, help="write the summary here")
     args = frame.begin(parser)

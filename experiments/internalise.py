@@ -284,7 +284,7 @@ def main() -> None:
     parser = frame.parser(__doc__)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="or a directory that has it")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a directory or hub id")
     parser.add_argument("--out", default="internalise.jsonl", help="finished runs, appended")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after them")

@@ -319,7 +319,7 @@ class Kills:
 def main() -> None:
     parser = frame.parser(__doc__)
     parser.add_argument("--times", type=int, default=3000, help="kills")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--directory", type=Path, help="where to work; its file system counts")
     parser.add_argument("--json", type=Path, help="write the summary here")
     faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
