@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -67,6 +68,11 @@ class Terminal:
         return bool(piece)
 
 
+def _at_a_terminal_of_its_own() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Whoever tests in the background ignores it.
+
+
 @contextmanager
 def at_terminal(command: list[str], environment: Mapping[str, str]) -> Iterator[Terminal]:
     """Run `command` with a terminal of its own as its three files; it is ended afterwards."""
@@ -79,7 +85,7 @@ def at_terminal(command: list[str], environment: Mapping[str, str]) -> Iterator[
         stderr=theirs,
         env=dict(environment) | {"TERM": "xterm-256color"},
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_at_a_terminal_of_its_own,
     )
     os.close(theirs)
     try:

@@ -83,7 +83,8 @@ def model_of(cell: RunningCell) -> str:
 def reverie(cell: RunningCell, *arguments: str) -> str:
     port = cell.base.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "command", *arguments, "--port", port]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    wide = os.environ | {"COLUMNS": "160"}
+    done = subprocess.run(command, env=wide, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
