@@ -570,6 +570,27 @@ async def test_client_that_leaves_ends_the_engines_work(
     assert done.calls == 1
 
 
+async def test_client_that_leaves_before_a_whole_answer_ends_the_engines_work(
+    upstream: Upstream, proxy: EngineProxy
+) -> None:
+    """Serve cancels the handler of a request whose client has gone."""
+    has_begun = asyncio.Event()
+
+    async def reply(request: web.Request) -> web.StreamResponse:
+        has_begun.set()
+        await asyncio.Event().wait()
+        return web.Response()
+
+    upstream.answer, done = reply, Done()
+    asking = asyncio.create_task(proxy.forward(request_of(b"{}"), b"{}", done))
+    await asyncio.wait_for(has_begun.wait(), 10)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await asyncio.wait_for(upstream.aborted.wait(), 10)
+    assert done.calls == 0, "the door itself gives the slot of what it did not pass on"
+
+
 async def test_cancelled_stream_gives_its_slot_back_once(
     upstream: Upstream, proxy: EngineProxy
 ) -> None:
