@@ -73,7 +73,7 @@ class TrainerSettings(_Group):
     answered the trainer computes only as much as allows that, and freely when nobody is. 100 ms a
     token is faster than people read, on any machine; a GPU that gives one in 15 ms may be held to
     30. `none`: it gives way to nobody."""
-    min_duty: float = Field(default=0.1, ge=0.01, le=1)
+    min_duty: float = Field(default=0.25, ge=0.01, le=1)
     """Share of the time that it computes even if the budget is not kept: learning never stops."""
     rank: int = Field(default=64, ge=1, le=8192)
     """Rank of APOLLO's projection; 1 is APOLLO-Mini, with nearly no optimizer state. A matrix whose
