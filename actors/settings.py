@@ -53,8 +53,10 @@ class EngineSettings(_Group):
     """Size of the KV cache; explicit because vLLM does not know of the trainer's memory."""
     enforce_eager: bool = True
     """Run without compilation and CUDA graphs. On a CPU compilation costs minutes at start."""
-    tool_call_parser: str | None = None
-    """vLLM's parser for tool calls (`hermes`, `qwen3_coder`, ...); None turns tool choice off."""
+    tool_call_parser: str | None = "hermes"
+    """vLLM's parser for tool calls (`hermes`, `qwen3_coder`, ...): how this model words them. One
+    that a request names or requires is made by any model, and if the tool says `strict`, with
+    arguments of its schema. `none` turns tools off."""
     boot_timeout_s: float = Field(default=600, gt=0)
     """Longest time from starting vLLM to its first readiness."""
 
