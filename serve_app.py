@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from ray import serve
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -37,6 +37,7 @@ from door.candidate_routes import router as candidate_router
 from door.docs_page import page as docs_page
 from door.dream_routes import DreamRoutes
 from door.dream_routes import router as dream_router
+from door.feed import Listening
 from door.guard import KEY, Guard
 from door.metrics import render
 from door.page_routes import PageRoutes
@@ -117,7 +118,9 @@ async def _on_unknown_error(request: Request, error: Exception) -> JSONResponse:
 
 @serve.deployment(
     name="ingress",
+    # The door refuses long before, and in its own words; beyond both, Serve itself answers 503.
     max_ongoing_requests=512,
+    max_queued_requests=128,
     ray_actor_options={"num_cpus": 0},
     health_check_period_s=5,
 )
@@ -187,11 +190,12 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
         return JSONResponse(job_as_json(view))
 
     @app.get("/train/jobs/{job_id}/events")
-    async def events(self, job_id: str, request: Request) -> StreamingResponse:
+    async def events(self, job_id: str, request: Request) -> Response:
         """The job as server-sent events: one per change, until it ends."""
         self._allow(request, "teach")
         first = await self._ask("trainer", "job", job_id)
-        return StreamingResponse(self._events(first), media_type="text/event-stream")
+        self._feed.listeners.take()
+        return Listening(self._events(first), self._feed.listeners)
 
     async def _events(self, view: JobView) -> AsyncIterator[str]:
         deadline = asyncio.get_running_loop().time() + self._settings.limits.request_timeout_s

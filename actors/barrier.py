@@ -55,6 +55,11 @@ class StepBarrier:
                 self._num_waiting -= 1
                 self._changed.notify_all()
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for the step in progress."""
+        return self._num_waiting > 0
+
     def is_held(self, token: str) -> bool:
         """Whether the hold that `token` names is in force."""
         with self._changed:

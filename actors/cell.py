@@ -47,6 +47,9 @@ START_TIMEOUT_S: Final = 60
 ENGINE_STOP_TIMEOUT_S: Final = 20
 ADOPT_TIMEOUT_S: Final = 3600
 RESTART_PAUSE_S: Final = 0.5
+DRAIN_INTERVAL_S: Final = 0.1
+DRAINED_S: Final = 1.5
+"""Nobody inside for so long: the door has noticed the stop by then, and lets nobody in any more."""
 WEIGH_INTERVAL_S: Final = 10.0
 """The kernel walks all pages of a process to add them up: 10 ms and more for 700 MiB."""
 CONTROL_THREADS: Final = 4
@@ -125,7 +128,8 @@ class Cell:
     async def stop(self) -> str:
         """Stop in order: no further steps, a last checkpoint, the engine, everything else.
 
-        Returns what became of the checkpoint, in words.
+        Answers that have begun may end meanwhile, within `cell.drain_timeout_s`; the door answers
+        503 to new requests. Returns what became of the checkpoint, in words.
         """
         was_ready = self._state == "ready"
         self._state, self._reason = "stopping", "it was asked to stop"
@@ -134,7 +138,7 @@ class Cell:
             await asyncio.wait([self._run], timeout=5)
         note = "nothing to save"
         if was_ready:
-            note = await self._save()
+            note, _ = await asyncio.gather(self._save(), self._drain())
             await self._ended(self._actors["engine"].stop.remote(), ENGINE_STOP_TIMEOUT_S)
         await self._tear_down()
         for lock in self._locks:
@@ -155,6 +159,15 @@ class Cell:
             return f"generation {saved.generation} at version {saved.weights_version}"
         except Exception as error:
             return f"no checkpoint: {in_words(error)}; the ledger will queue again what is missing"
+
+    async def _drain(self) -> None:
+        """Wait until nobody is being answered, or for as long as it may take."""
+        assert self._paths is not None
+        traffic, begun = Traffic(self._paths.traffic), time.monotonic()
+        while (waited_s := time.monotonic() - begun) < self._settings.cell.drain_timeout_s:
+            if min(traffic.idle_s(), waited_s) >= DRAINED_S:
+                return
+            await asyncio.sleep(DRAIN_INTERVAL_S)
 
     # Supervision.
 

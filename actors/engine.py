@@ -23,6 +23,8 @@ from actors.versions import VersionCounter
 
 KEEP_ALIVE_S: Final = 600
 """Idle time of the ingress's pooled connections; longer than any pause of a client's."""
+CLOSE_TIMEOUT_S: Final = 2
+"""Who is still answered then has been waited for already, see `Cell.stop`."""
 SOCKET_BACKLOG: Final = 1024
 MAX_ANSWERS_PER_REQUEST: Final = 64
 MIN_BATCH_TOKENS: Final = 2048
@@ -175,10 +177,10 @@ class Engine:
 
     @ray.method
     async def stop(self) -> None:
-        """Finish what is being answered, then end vLLM's process. Idempotent."""
+        """End vLLM's application and its process, whoever is still answered. Idempotent."""
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
-            await asyncio.wait([self._serving], timeout=10)
+            await asyncio.wait([self._serving], timeout=CLOSE_TIMEOUT_S)
         if self._llm is not None:
             self._llm.shutdown()
             self._llm = None

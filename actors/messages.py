@@ -163,6 +163,11 @@ class TrainerReport:
     steps: int = 0
     last_loss: float | None = None
     last_step_s: float | None = None
+    """Time that the newest step computed."""
+    last_rested_s: float | None = None
+    """Time that it stood still in between, for those who were answered."""
+    duty: float = 1.0
+    """Share of the time that it may compute just now: less than 1 while anybody is answered."""
     last_update_rms: float | None = None
     """Root mean square of the newest step's update, over its learning rate."""
     last_changed: float | None = None

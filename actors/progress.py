@@ -15,6 +15,7 @@ class Progress:
     steps: int = 0
     last_loss: float | None = None
     last_step_s: float | None = None
+    last_rested_s: float | None = None
     last_update_rms: float | None = None
     last_changed: float | None = None
     last_limited: int | None = None
@@ -23,6 +24,7 @@ class Progress:
     def note(self, steps: int, report: "StepReport", seconds: float) -> None:
         """A step was made, and recorded."""
         self.steps, self.last_loss, self.last_step_s = steps, report.loss, seconds
+        self.last_rested_s = report.rested_s
         self.last_update_rms, self.last_changed = report.update_rms, report.changed
         self.last_limited, self.last_step_bytes = report.num_limited, report.peak_bytes
 

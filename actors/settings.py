@@ -33,6 +33,12 @@ class _Group(BaseModel):
         validate_default=True,
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_absence(cls, value: Any) -> Any:
+        """A command line has only words."""
+        return None if value == "none" else value
+
 
 class EngineSettings(_Group):
     """vLLM and the memory it owns."""
@@ -47,8 +53,10 @@ class EngineSettings(_Group):
     """Size of the KV cache; explicit because vLLM does not know of the trainer's memory."""
     enforce_eager: bool = True
     """Run without compilation and CUDA graphs. On a CPU compilation costs minutes at start."""
-    tool_call_parser: str | None = None
-    """vLLM's parser for tool calls (`hermes`, `qwen3_coder`, ...); None turns tool choice off."""
+    tool_call_parser: str | None = "hermes"
+    """vLLM's parser for tool calls (`hermes`, `qwen3_coder`, ...): how this model words them. One
+    that a request names or requires is made by any model, and if the tool says `strict`, with
+    arguments of its schema. `none` turns tools off."""
     boot_timeout_s: float = Field(default=600, gt=0)
     """Longest time from starting vLLM to its first readiness."""
 
@@ -62,6 +70,13 @@ class TrainerSettings(_Group):
     """Scheduling priority of the trainer below the engine: serving goes first."""
     duty: float = Field(default=1.0, ge=0.01, le=1)
     """Share of the time the trainer may compute; it sleeps for the rest. A job may ask for less."""
+    latency_budget_ms: float | None = Field(default=100, gt=0)
+    """Time between two tokens of a streamed answer that 95 of 100 shall keep to: while anybody is
+    answered the trainer computes only as much as allows that, and freely when nobody is. 100 ms a
+    token is faster than people read, on any machine; a GPU that gives one in 15 ms may be held to
+    30. `none`: it gives way to nobody."""
+    min_duty: float = Field(default=0.25, ge=0.01, le=1)
+    """Share of the time that it computes even if the budget is not kept: learning never stops."""
     rank: int = Field(default=64, ge=1, le=8192)
     """Rank of APOLLO's projection; 1 is APOLLO-Mini, with nearly no optimizer state. A matrix whose
     smaller side is not above it gets plain Adam."""
@@ -254,6 +269,8 @@ class CellSettings(_Group):
     """Window in which restarts are counted."""
     checkpoint_timeout_s: float = Field(default=600, gt=0)
     """Longest time a checkpoint may take."""
+    drain_timeout_s: float = Field(default=30, ge=0)
+    """At a stop: longest time for which answers that have begun may go on; new requests get 503."""
 
 
 class Settings(_Group):

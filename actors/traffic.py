@@ -1,7 +1,10 @@
-"""`Traffic`: whether anybody is being answered, in one page of shared memory.
+"""`Traffic`: whether anybody is being answered, and how fast, in one page of shared memory.
+
+    page: magic | number inside | last came or went | number of gaps | the newest gaps, in a ring
 
 The ingress writes, the trainer and the dream actor read before each thing they do: what is done
-only when nobody needs the machine must find out without a message.
+only when nobody needs the machine must find out without a message. A *gap* is what the door waits
+for the next piece of a streamed answer: nearly always the time between two tokens.
 """
 
 import mmap
@@ -13,8 +16,12 @@ from typing import Final
 _MAGIC: Final = b"REVTRAFF"
 _ONGOING_AT: Final = 1
 _LAST_AT: Final = 2
+_NUM_GAPS_AT: Final = 3
+_GAPS_AT: Final = 8
+NUM_GAPS_KEPT: Final = 256
 _SIZE: Final = mmap.PAGESIZE
 NS: Final = 1_000_000_000
+assert (_GAPS_AT + NUM_GAPS_KEPT) * 8 <= _SIZE
 
 
 class Traffic:
@@ -62,3 +69,20 @@ class Traffic:
             return 0.0
         last = self._numbers[_LAST_AT]
         return (time.monotonic_ns() - last) / NS if last else float("inf")
+
+    def note_gap(self, gap_ns: int) -> None:
+        """The next piece of a streamed answer has come, after so long."""
+        number = self._numbers[_NUM_GAPS_AT]
+        self._numbers[_GAPS_AT + number % NUM_GAPS_KEPT] = gap_ns
+        self._numbers[_NUM_GAPS_AT] = number + 1  # Last: a reader takes what lies before it.
+
+    def num_gaps(self) -> int:
+        """How many have been noted in all."""
+        return int(self._numbers[_NUM_GAPS_AT])
+
+    def gaps_ms(self, since: int) -> list[float]:
+        """Those noted after the first `since`, in milliseconds; of many only the newest."""
+        end = self.num_gaps()
+        begin = max(since, end - NUM_GAPS_KEPT)
+        at = (_GAPS_AT + number % NUM_GAPS_KEPT for number in range(begin, end))
+        return [self._numbers[each] / 1e6 for each in at]

@@ -3,6 +3,7 @@
     POST /train --> submit: tokenise, check, ledger (durable) --> 202
                                       |
     training thread: next job --> step under the barrier --> version + 1 --> ledger --> sleep (duty)
+                                    rests in it while anybody is answered (throttle)
 
 One thread trains; control methods (`control` group) answer beside it. The ledger is the truth about
 what is queued and trained; the thread keeps nothing that a restart would miss.
@@ -36,6 +37,7 @@ from actors.progress import Progress
 from actors.recall import recall, write_optimizer
 from actors.settings import Settings
 from actors.teacher import ask_teacher
+from actors.throttle import Throttle
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from actors.waiting import Waiting
@@ -79,6 +81,12 @@ class Trainer(Desk):
         self._num_tensors = self._weights_bytes = 0
         self._progress = Progress()
         self._traffic = Traffic(paths.traffic)
+        self._throttle = Throttle(
+            settings.trainer.latency_budget_ms,
+            settings.trainer.min_duty,
+            self._traffic,
+            lambda: self._barrier.is_awaited or self._stopping.is_set(),
+        )
         self._waiting = Waiting(self._stopping)
         self._reason: str | None = None
         self._spoiled: str | None = None
@@ -111,6 +119,8 @@ class Trainer(Desk):
             checkpoint_layers=trainer.checkpoint_layers,
             seed=trainer.seed,
             train_embeddings=trainer.train_embeddings,
+            # An engine that stands still during a step answers nobody who could be given way.
+            breathe=(lambda: 0.0) if trainer.pause_engine else self._throttle.breathe,
         )
         max_len = self._settings.engine.max_model_len
         self._encoder = Encoder(
@@ -145,6 +155,7 @@ class Trainer(Desk):
             state_bytes=self._learner.optimizer.size_bytes(),
             queued_samples=self._ledger.queued_samples(),
             **self._progress.as_fields(),
+            duty=self._throttle.duty,
             on_trial=self._ledger.on_trial(),
             paused=self._waiting.reason,
             reason=self._reason or (None if is_alive else "the training thread ended"),
@@ -243,6 +254,7 @@ class Trainer(Desk):
             else self._settings.dream.trainer_threads
         )
         self._teachings.clear()
+        self._throttle.begin()
         self._anchor = None
         if (strength := job.config.anchor) > 0:
             self._anchor = Anchor(self._learner.module, self._encoder.tokenizer, strength)
@@ -321,7 +333,7 @@ class Trainer(Desk):
             except (NonFiniteLoss, StepTooLong):
                 self._spoiled = None  # Nothing was changed.
                 raise
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - begun - report.rested_s
             self._versions.weights_version += 1
             version = self._versions.weights_version
             if (index + 1) % self._settings.trainer.epoch_steps == 0:
@@ -339,6 +351,7 @@ class Trainer(Desk):
             seconds,
             config.duty or self._settings.trainer.duty,
             lambda: self._ledger.is_cancel_requested(job.job_id),
+            report.rested_s,
         )
 
     def _gives_way(self, job: QueuedJob) -> bool:

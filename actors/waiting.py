@@ -53,9 +53,14 @@ class Waiting:
         while not may_go_on() and not self._stopping.wait(LOOK_INTERVAL_S):
             pass
 
-    def rest(self, seconds: float, duty: float, is_over: Callable[[], bool]) -> None:
-        """Sleep so that `duty` of the time is spent computing; `is_over` ends the sleep."""
-        end = time.monotonic() + seconds * (1.0 - duty) / duty
+    def rest(
+        self, seconds: float, duty: float, is_over: Callable[[], bool], rested: float = 0.0
+    ) -> None:
+        """Sleep so that `duty` of the time is spent computing; `is_over` ends the sleep.
+
+        `seconds` were computed, and `rested` slept already.
+        """
+        end = time.monotonic() + seconds * (1.0 - duty) / duty - rested
         while (left := end - time.monotonic()) > 0:
             if self._stopping.wait(min(left, REST_SLICE_S)) or is_over():
                 return

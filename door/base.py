@@ -104,7 +104,7 @@ class Door:
         self._versions = VersionCounter(report.paths.versions)
         self._traffic = Traffic(report.paths.traffic, is_writable=True)
         timeout_s = self._settings.limits.request_timeout_s
-        self._engine = EngineProxy(report.paths.socket, self._versions, timeout_s)
+        self._engine = EngineProxy(report.paths.socket, self._versions, timeout_s, self._traffic)
         self._boot = report.boot
 
     def _ready(self) -> CellReport:

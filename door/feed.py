@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from door.limits import Slots
 
 MAX_LISTENERS: Final = 32
-"""Of one replica; each is a request that Serve counts, too."""
+"""Of one replica, those of single jobs included; each is a request that Serve counts, too."""
 MAX_STEPS: Final = 600
 """Newest steps that a listener is told of when it begins."""
 HEARTBEAT_S: Final = 15.0

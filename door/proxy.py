@@ -6,6 +6,7 @@ What is added: the versions of the weights that answered. Nothing is parsed, so 
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from actors.errors import Unavailable
+from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from door.exchanges import Hearing
 from door.quotas import Tally
@@ -31,8 +33,10 @@ _KEPT_RESPONSE_HEADERS: Final = ("content-type", "x-request-id")
 class EngineProxy:
     """A client of one boot's engine; made anew when the cell restarts."""
 
-    def __init__(self, socket: str, versions: VersionCounter, timeout_s: float) -> None:
-        self._versions, self._timeout_s = versions, timeout_s
+    def __init__(
+        self, socket: str, versions: VersionCounter, timeout_s: float, traffic: Traffic
+    ) -> None:
+        self._versions, self._timeout_s, self._traffic = versions, timeout_s, traffic
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(socket, limit=0),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
@@ -92,9 +96,8 @@ class EngineProxy:
         if answer.status != 200:
             hearing = tally = None
         if is_stream:
-            return _Stream(
-                answer, chunk, headers, self._versions, done, hearing, tally, self._timeout_s
-            )
+            told = (self._versions, self._traffic.note_gap)
+            return _Stream(answer, chunk, headers, *told, done, hearing, tally, self._timeout_s)
         last = self._versions.newest_version
         headers[LAST_VERSION_HEADER] = str(last)
         response = Response(chunk, answer.status, headers)
@@ -130,6 +133,7 @@ class _Stream(Response):
         chunk: bytes,
         headers: dict[str, str],
         versions: VersionCounter,
+        note_gap: Callable[[int], None],
         done: Callable[[], None],
         hearing: Hearing | None,
         tally: Tally | None,
@@ -138,6 +142,7 @@ class _Stream(Response):
         super().__init__(None, answer.status, headers)
         del self.headers["content-length"]
         self._answer, self._chunk, self._versions, self._done = answer, chunk, versions, done
+        self._note_gap = note_gap
         self._hearing, self._tally, self._timeout_s = hearing, tally, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -163,7 +168,9 @@ class _Stream(Response):
                         self._tally.take(chunk)
                     is_whole = chunk.endswith(_LAST_EVENT)  # Many clients hang up on it.
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    asked_ns = time.monotonic_ns()  # A client that reads slowly is no late answer.
                     chunk = await self._answer.content.readany()
+                    self._note_gap(time.monotonic_ns() - asked_ns)
                 is_whole = is_whole or not chunk
                 last = self._versions.newest_version
                 comment = f": weights_version first={first} last={last}\n\n".encode()

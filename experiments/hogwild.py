@@ -139,7 +139,9 @@ def trainers_own(reference: Reference) -> tuple[list[Tensor], float]:
 def run(
     directory: Path, reference: Reference, mode: str, repetition: int, options: argparse.Namespace
 ) -> Run:
-    with running_cell(directory, {"trainer.pause_engine": mode == "paused"}) as base:
+    # Neither gives way to answers by itself: what a step does to them is what is asked.
+    settings = {"trainer.pause_engine": mode == "paused", "trainer.latency_budget_ms": "none"}
+    with running_cell(directory, settings) as base:
         result, rest = asyncio.run(measure(base, reference, options))
         own, lost = trainers_own(reference)
     final = len(reference.losses)

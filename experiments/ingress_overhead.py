@@ -23,7 +23,7 @@ from actors.ending import CELL, NAMESPACE
 from actors.messages import CellReport
 from experiments import frame
 
-STREAMS = (1, 8, 32)
+STREAMS = (1, 8, 32, 128)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,11 @@ async def measure(socket: str, base: str, rounds: int, tokens: int) -> list[dict
     timeout = aiohttp.ClientTimeout(total=600)
     rows = []
     async with (
-        aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket), timeout=timeout) as direct,
-        aiohttp.ClientSession(timeout=timeout) as door,
+        # Without a limit: a client's own queue would be measured with 128 streams.
+        aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(socket, limit=0), timeout=timeout
+        ) as direct,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as door,
     ):
         async with door.get(f"{base}/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]

@@ -214,7 +214,8 @@ class OpenDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         self.journal = MadeUpJournal(self._desk)
         self.dreamer: Any = OpenDreamer(settings, paths, DirectCell(self._desk, self.journal))
         self._boot = 1
-        self._engine = EngineProxy(paths.socket, self._versions, settings.limits.request_timeout_s)
+        timeout_s = settings.limits.request_timeout_s
+        self._engine = EngineProxy(paths.socket, self._versions, timeout_s, self._traffic)
         self._report = CellReport(
             1, "ready", None, paths, (), 0, 1,
             EngineReport(1, (), True), TrainerReport(1, 0), CheckpointReport(1, 0, 0),

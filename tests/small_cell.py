@@ -140,7 +140,11 @@ def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
     Traffic.create(paths.traffic)
     made: Any = Trainer(settings, paths)
     made._learner = Learner(
-        attach(layout, model_dir), rank=4, update_proj_gap=3, seed=settings.trainer.seed
+        attach(layout, model_dir),
+        rank=4,
+        update_proj_gap=3,
+        seed=settings.trainer.seed,
+        breathe=made._throttle.breathe,
     )
     made._ledger = Ledger(paths.ledger)
     recall(home, NAME, made._learner.optimizer, made._ledger)

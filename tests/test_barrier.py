@@ -63,11 +63,12 @@ def test_hold_waits_for_the_step_in_progress() -> None:
 
     stepper = started(step)
     assert is_stepping.wait(LIMIT_S)
+    assert not barrier.is_awaited
     holder = started(hold)
     holder.join(SHORT_S)
-    assert holder.is_alive()
+    assert holder.is_alive() and barrier.is_awaited
     go_on.set()
-    assert ended(holder) and ended(stepper)
+    assert ended(holder) and ended(stepper) and not barrier.is_awaited
     assert order == ["step over", "held"]
 
 

@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -324,12 +326,36 @@ def test_logs_of_every_role_are_found(cell: RunningCell) -> None:
     assert nobody.returncode == 1 and "trainer" in nobody.stderr
 
 
+def whole_stream(base: str, has_begun: threading.Event) -> str:
+    """A streamed answer of 300 tokens: some 20 s."""
+    asked: dict[str, Any] = {"model": "smollm2-135m", "prompt": "Once", "stream": True}
+    asked |= {"max_tokens": 300, "ignore_eos": True}
+    text = ""
+    with httpx.stream("POST", f"{base}/v1/completions", json=asked, timeout=300) as answer:
+        for part in answer.iter_text():
+            has_begun.set()
+            text += part
+    return text
+
+
+def refusal(base: str, ending: "Future[Any]") -> httpx.Response | None:
+    """What a new request is told while a cell ends, once it is told no."""
+    while not ending.done():
+        answer = httpx.post(f"{base}/v1/completions", json={"prompt": ""}, timeout=60)
+        if answer.status_code == 503:
+            return answer
+        time.sleep(0.1)
+    return None
+
+
 def test_down_ends_a_cell_that_was_started_elsewhere_with_its_last_checkpoint(
     tmp_path: Path, model_dir: Path
 ) -> None:
+    """And with its last answer: a stream that has begun ends whole, and nobody else is let in."""
     port = free_port()
     given = os.environ | {"REVERIE_HOME": str(tmp_path), "REVERIE_PORT": str(port)}
     up = [*COMMAND, "up", "--json", "--model", str(model_dir)]
+    up += ["--set", "cell.drain_timeout_s=240"]
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(
             up, env=given, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
@@ -339,13 +365,22 @@ def test_down_ends_a_cell_that_was_started_elsewhere_with_its_last_checkpoint(
         one.wait_ready(BOOT_TIMEOUT_S)
         taught = {"context": "Down is", "continuation": " up."}
         job = one.train({"samples": [taught], "config": {"learning_rate": 1e-6}})
-        ended = document(one, "down", "--yes")
+        has_begun = threading.Event()
+        with ThreadPoolExecutor() as pool:
+            streaming = pool.submit(whole_stream, one.base, has_begun)
+            assert has_begun.wait(60)
+            ending = pool.submit(document, one, "down", "--yes")
+            refused = refusal(one.base, ending)
+            assert not streaming.done(), "the stream was over before the cell began to stop"
+            answer, ended = streaming.result(), ending.result()
         out, _ = started.communicate(timeout=STOP_TIMEOUT_S)
     finally:
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
     assert started.returncode == 0, (tmp_path / "log").read_text()
     assert json.loads(out)["base"] == one.base
+    assert refused is not None and refused.headers["retry-after"] == "5"
+    assert answer.count("data: {") == 300 and "data: [DONE]" in answer
     assert ended["saved"] == f"generation 1 at version {job['weights_version']}"
     again = reverie(one, "down", "--yes")
     assert again.returncode == 3 and "no server answers" in again.stderr

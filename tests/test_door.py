@@ -29,6 +29,7 @@ from actors.errors import (
     Unavailable,
 )
 from actors.posted import TrainRequest
+from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from door.exchanges import ExchangeLog, Hearing
 from door.keys import KeyStore, Scope
@@ -310,6 +311,7 @@ class Upstream:
 
     socket: str
     versions: VersionCounter
+    traffic: Traffic
     is_well: bool = True
     seen: list[web.Request] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
@@ -333,7 +335,8 @@ class Upstream:
 async def upstream(tmp_path: Path) -> AsyncIterator[Upstream]:
     versions = VersionCounter.create(str(tmp_path / "versions"))
     versions.weights_version = VERSIONS_FIRST
-    upstream = Upstream(str(tmp_path / "engine.sock"), versions)
+    traffic = Traffic.create(str(tmp_path / "traffic"))
+    upstream = Upstream(str(tmp_path / "engine.sock"), versions, traffic)
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", upstream.handle)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -345,7 +348,7 @@ async def upstream(tmp_path: Path) -> AsyncIterator[Upstream]:
 
 @pytest.fixture
 async def proxy(upstream: Upstream) -> AsyncIterator[EngineProxy]:
-    proxy = EngineProxy(upstream.socket, upstream.versions, timeout_s=20)
+    proxy = EngineProxy(upstream.socket, upstream.versions, 20, upstream.traffic)
     yield proxy
     await proxy.close()
 
@@ -489,6 +492,39 @@ async def test_stream_passes_unchanged_and_ends_with_both_versions(
     assert "x-weights-version-last" not in client.headers, "it is not known yet"
 
 
+async def test_the_waits_for_the_pieces_of_a_stream_are_noted(
+    upstream: Upstream, proxy: EngineProxy
+) -> None:
+    async def reply(request: web.Request) -> web.StreamResponse:
+        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await stream.prepare(request)
+        for wait_s in (0.0, 0.03, 0.06):
+            await asyncio.sleep(wait_s)
+            await stream.write(b"data: x\n\n")
+        await stream.write_eof()
+        return stream
+
+    upstream.answer = reply
+    await exchange(proxy, request_of(b"{}"), Done())
+    gaps_ms = upstream.traffic.gaps_ms(0)
+    assert gaps_ms[0] >= 25 and gaps_ms[1] >= 55 and len(gaps_ms) <= 3, gaps_ms
+
+
+async def test_a_client_that_reads_slowly_is_no_late_answer(
+    upstream: Upstream, proxy: EngineProxy
+) -> None:
+    upstream.answer = events(*(b"data: x\n\n" for _ in range(3)))
+
+    class Slow(Client):
+        async def send(self, message: Any) -> None:
+            await asyncio.sleep(0.2)
+            await super().send(message)
+
+    request, client = request_of(b"{}"), Slow()
+    await (await proxy.forward(request, b"{}", Done()))(request.scope, client.receive, client.send)
+    assert client.is_complete and all(gap < 150 for gap in upstream.traffic.gaps_ms(0))
+
+
 async def test_stream_is_not_held_back(upstream: Upstream, proxy: EngineProxy) -> None:
     go_on = asyncio.Event()
 
@@ -532,6 +568,27 @@ async def test_client_that_leaves_ends_the_engines_work(
     await asyncio.wait_for(sending, 10)
     await asyncio.wait_for(upstream.aborted.wait(), 10)
     assert done.calls == 1
+
+
+async def test_client_that_leaves_before_a_whole_answer_ends_the_engines_work(
+    upstream: Upstream, proxy: EngineProxy
+) -> None:
+    """Serve cancels the handler of a request whose client has gone."""
+    has_begun = asyncio.Event()
+
+    async def reply(request: web.Request) -> web.StreamResponse:
+        has_begun.set()
+        await asyncio.Event().wait()
+        return web.Response()
+
+    upstream.answer, done = reply, Done()
+    asking = asyncio.create_task(proxy.forward(request_of(b"{}"), b"{}", done))
+    await asyncio.wait_for(has_begun.wait(), 10)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await asyncio.wait_for(upstream.aborted.wait(), 10)
+    assert done.calls == 0, "the door itself gives the slot of what it did not pass on"
 
 
 async def test_cancelled_stream_gives_its_slot_back_once(
@@ -695,7 +752,8 @@ async def refusal_of(proxy: EngineProxy, done: Done) -> Unavailable:
 
 
 async def test_engine_that_is_gone_is_unavailable(upstream: Upstream, tmp_path: Path) -> None:
-    proxy, done = EngineProxy(str(tmp_path / "none.sock"), upstream.versions, 20), Done()
+    socket, done = str(tmp_path / "none.sock"), Done()
+    proxy = EngineProxy(socket, upstream.versions, 20, upstream.traffic)
     assert "restarts by itself" in str(await refusal_of(proxy, done))
     with pytest.raises(Unavailable):
         await proxy.fetch("/metrics")
@@ -736,7 +794,7 @@ async def test_engine_that_does_not_answer_in_time_is_unavailable(upstream: Upst
         return web.Response()
 
     upstream.answer, done = reply, Done()
-    proxy = EngineProxy(upstream.socket, upstream.versions, timeout_s=0.05)
+    proxy = EngineProxy(upstream.socket, upstream.versions, 0.05, upstream.traffic)
     assert "time limit" in str(await refusal_of(proxy, done))
     await proxy.close()
 

@@ -144,6 +144,32 @@ def test_two_runs_give_the_same_bits() -> None:
     assert run() == run()
 
 
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+def test_a_step_that_rests_gives_the_same_bits_and_says_how_long_it_stood(
+    checkpoint_layers: bool,
+) -> None:
+    rests: list[float] = []
+
+    def breathe() -> float:
+        rests.append(1000.0)
+        return 1000.0
+
+    given: dict[str, Any] = {"rank": 4, "seed": 5, "checkpoint_layers": checkpoint_layers}
+    plain, resting = (
+        Learner(small_llama(), **given),
+        Learner(small_llama(), breathe=breathe, **given),
+    )
+    for step in range(3):
+        example = Example((1, 2), (3 + step, 4, 5))
+        rests.clear()
+        assert plain.step(example, 1e-3).rested_s == 0
+        # The deadline is for what is computed.
+        report = resting.step(example, 1e-3, deadline_s=2000)
+        assert report.rested_s == sum(rests)
+        assert len(rests) >= len(report.tensors) + 2, "after each tensor, and before each layer"
+    assert bits_of(plain) == bits_of(resting)
+
+
 def test_close_leaves_an_ordinary_module() -> None:
     module = small_llama()
     learner = Learner(module, rank=4)

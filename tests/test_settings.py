@@ -41,6 +41,13 @@ def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert Settings.from_pairs({}).home == Path.home() / ".reverie"
 
 
+def test_a_word_of_a_command_line_turns_off_what_may_be_absent() -> None:
+    settings = Settings.from_pairs({"trainer.latency_budget_ms": "none", "trainer.clip": "none"})
+    assert settings.trainer.latency_budget_ms is None and settings.trainer.clip is None
+    with pytest.raises(SettingsError, match="rank"):
+        Settings.from_pairs({"trainer.rank": "none"})
+
+
 def test_dotted_pairs_of_strings_reach_their_fields() -> None:
     settings = Settings.from_pairs(
         {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.traffic import Traffic
+from actors.traffic import NUM_GAPS_KEPT, Traffic
 
 
 @pytest.fixture
@@ -45,3 +45,25 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"x" * 4096)
     with pytest.raises(ValueError, match="other: is not a page of traffic"):
         Traffic(str(tmp_path / "other"))
+
+
+def test_gaps_are_read_once_each_in_their_order(path: str) -> None:
+    door, reader = Traffic(path, is_writable=True), Traffic(path)
+    assert reader.gaps_ms(0) == []
+    for ms in (10, 20, 30):
+        door.note_gap(ms * 1_000_000)
+    assert reader.gaps_ms(0) == [10, 20, 30]
+    seen = reader.num_gaps()
+    door.note_gap(40_000_000)
+    assert reader.gaps_ms(seen) == [40]
+
+
+def test_of_many_gaps_the_newest_are_kept_and_nothing_else_is_touched(path: str) -> None:
+    door, reader = Traffic(path, is_writable=True), Traffic(path)
+    door.enter()
+    for number in range(3 * NUM_GAPS_KEPT + 7):
+        door.note_gap(number * 1_000_000)
+    newest = list(range(2 * NUM_GAPS_KEPT + 7, 3 * NUM_GAPS_KEPT + 7))
+    assert reader.gaps_ms(5) == newest
+    assert reader.idle_s() == 0.0, "the number of those inside is another field"
+    assert Traffic(path).num_gaps() == 3 * NUM_GAPS_KEPT + 7

@@ -2,6 +2,7 @@
 
 import math
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,8 +115,48 @@ def test_duty_rests_in_proportion_and_ends_when_cancelled(
     trainer._waiting.rest(2.0, 0.25, lambda: False)
     assert sum(rested) == pytest.approx(6.0)
     rested.clear()
+    trainer._waiting.rest(2.0, 0.25, lambda: False, 5.0)
+    assert sum(rested) == pytest.approx(1.0), "it had rested for 5 s already"
+    rested.clear()
     trainer._waiting.rest(2.0, 0.01, lambda: True)
     assert len(rested) == 1
+
+
+def test_rests_within_a_step_count_as_rest(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, float, float]] = []
+
+    def rest(seconds: float, duty: float, is_over: Any, rested: float) -> None:
+        asked.append((seconds, duty, rested))
+
+    now = [0.0]
+
+    def monotonic() -> float:
+        now[0] += 50.0  # So long is each step by the clock, of which it stood still for 48.
+        return now[0]
+
+    monkeypatch.setattr(trainer._waiting, "rest", rest)
+    monkeypatch.setattr("actors.trainer.time", SimpleNamespace(monotonic=monotonic))
+    view = run(trainer, ScriptedLearner(StepReport(1.0, {}, rested_s=48.0)), duty=0.25)
+    assert asked == [(2.0, 0.25, 48.0)]
+    assert view.seconds_per_step == 2.0
+
+
+def test_whoever_waits_for_a_step_ends_its_rests(trainer: Trainer) -> None:
+    is_urgent = trainer._throttle._is_urgent
+    with trainer._barrier.step():
+        assert not is_urgent()
+        holder = threading.Thread(target=trainer._barrier.hold, args=("token", 60))
+        holder.start()
+        deadline = time.monotonic() + 60
+        while not is_urgent() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert is_urgent()
+    holder.join(60)
+    assert not is_urgent()
+    trainer._stopping.set()
+    assert is_urgent()
 
 
 def test_a_loss_that_is_not_finite_fails_the_job_and_makes_no_version(trainer: Trainer) -> None:

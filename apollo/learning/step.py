@@ -54,6 +54,8 @@ class StepReport:
     """What it did to each parameter."""
     peak_bytes: int | None = None
     """Most memory that it took beyond what was there before; None where nobody can say."""
+    rested_s: float = 0.0
+    """Time that `breathe` took of it."""
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -90,7 +92,9 @@ class Learner:
     """Teaches a causal language model in place, one example at a time.
 
     `settings` are Apollo's keyword arguments. Embeddings, and an output head, are frozen unless
-    `train_embeddings`; `checkpoint_layers` computes each layer twice and keeps less of it. Raises
+    `train_embeddings`; `checkpoint_layers` computes each layer twice and keeps less of it.
+    `breathe` is called before each layer and after each tensor is written; it may stand still, and
+    returns the seconds. On a GPU that holds back only what has not been launched. Raises
     UnfaithfulPrefix or UnsupportedLayer for a model whose context cannot be read apart.
     """
 
@@ -101,6 +105,7 @@ class Learner:
         train_embeddings: bool = False,
         checkpoint_layers: bool = False,
         kernels: KernelChoice = "auto",
+        breathe: Callable[[], float] = lambda: 0.0,
         **settings: Any,
     ) -> None:
         self.module = module.train().requires_grad_(True)
@@ -115,6 +120,13 @@ class Learner:
             let_checkpointing_read(module)
         check_prefix(module)
         self._release = attach(module, self.optimizer)
+        self._breathe, self._rested_s = breathe, 0.0
+        layers = getattr(module.get_decoder(), "layers", ())
+        self._handles = [
+            *(layer.register_forward_pre_hook(self._rest) for layer in layers),
+            # After the release's: it was attached before.
+            *(param.register_post_accumulate_grad_hook(self._rest) for _, param in trained),
+        ]
 
     def step(
         self,
@@ -135,19 +147,24 @@ class Learner:
         reported loss is without it. The last `grad_context` tokens of the context are in the
         graph, and at least one. `before_writing` is called just before any weight may change.
         """
-        begun = time.monotonic()
+        begun, self._rested_s = time.monotonic(), 0.0
         with measured_peak(self.module.device) as peak:
             loss = loss_of(self.module, example, objective, grad_context)
             loss_value = loss.item()
             if anchor is not None:
                 canary, strength = anchor
                 loss = loss + strength * divergence(self.module, canary)
-            self._refuse(loss_value, time.monotonic() - begun, deadline_s)
+            self._refuse(loss_value, time.monotonic() - begun - self._rested_s, deadline_s)
             before_writing()
             self._release.begin_step(learning_rate)
             loss.backward()
             self._release.end_step()
-        return StepReport(loss_value, self.optimizer.reports, *peak)
+        return StepReport(
+            loss_value, self.optimizer.reports, next(iter(peak), None), self._rested_s
+        )
+
+    def _rest(self, *_: object) -> None:
+        self._rested_s += self._breathe()
 
     def use_threads(self, num: int) -> None:
         """Compute the following steps of the calling thread with so many threads on a CPU."""
@@ -174,3 +191,5 @@ class Learner:
     def close(self) -> None:
         """Remove the hooks; the module is an ordinary one again."""
         self._release.close()
+        for handle in self._handles:
+            handle.remove()
