@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Final
 
 import ray
 
+from actors import logs
 from actors.calls import in_words
 from actors.desk import Desk
 from actors.encoding import Encoder, size_check
 from actors.errors import Conflict, Unavailable
+from actors.events import Events
+from actors.job_log import JobLog
 from actors.ledger import Ledger
 from actors.messages import (
     CellPaths,
@@ -68,6 +71,9 @@ class Trainer(Desk):
         self._settings = settings
         self._paths = paths
         self._versions = VersionCounter(paths.versions, is_writable=True)
+        logs.configure(settings.logs, "trainer", lambda: self._versions.weights_version)
+        self._events = Events(Path(paths.ledger).parent, "trainer")
+        self._job_log = JobLog(self._events)
         super().__init__()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
@@ -83,6 +89,9 @@ class Trainer(Desk):
         self._reason: str | None = None
         self._spoiled: str | None = None
         """Why the live weights may hold half a step, or one that the ledger does not know."""
+
+    def __repr__(self) -> str:
+        return f"trainer of {self._paths.model}"
 
     @ray.method
     def start(self) -> TrainerReport:
@@ -144,6 +153,7 @@ class Trainer(Desk):
             weights_bytes=self._weights_bytes,
             state_bytes=self._learner.optimizer.size_bytes(),
             queued_samples=self._ledger.queued_samples(),
+            samples=self._ledger.counts(),
             **self._progress.as_fields(),
             on_trial=self._ledger.on_trial(),
             paused=self._waiting.reason,
@@ -237,6 +247,7 @@ class Trainer(Desk):
         except Conflict:
             return  # It was cancelled just before.
         self._progress.job_id, self._progress.steps = job.job_id, job.steps_done
+        self._job_log.begin(job, version)
         self._learner.use_threads(
             self._settings.trainer.threads
             if job.round_id is None
@@ -277,6 +288,7 @@ class Trainer(Desk):
             self._stopping.set()
         finally:
             self._progress.job_id = None
+            self._job_log.tell()
         with self._barrier.step():
             if self._num_returns != num_returns:
                 return
@@ -284,6 +296,7 @@ class Trainer(Desk):
             self._versions.next_epoch()
             end = (job.job_id, state, self._versions.weights_version, error)
             self._waiting.for_room(lambda: self._ledger.finish_job(*end))
+        self._job_log.end(*end[1:])
         self._reason = self._spoiled  # Only now: the cell restarts on it.
 
     def _step(self, job: QueuedJob, index: int, num_returns: int) -> None:
@@ -302,7 +315,7 @@ class Trainer(Desk):
             self._teachings.get(sample.id),
         )
         warm_up = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        with self._barrier.step(), self._quiet():
+        with self._barrier.step(), self._quiet(), self._versions.step():
             if self._num_returns != num_returns:
                 raise _Returned
             begun = time.monotonic()
@@ -329,7 +342,9 @@ class Trainer(Desk):
             step = (job.job_id, index, sample.id, version, report.loss, seconds)
             self._waiting.for_room(lambda: self._ledger.record_step(*step))
             self._spoiled = None
-        self._progress.note(index + 1, report, seconds)
+        tokens = len(sample.continuation_ids) + len(sample.rejected_ids)
+        self._progress.note(index + 1, report, seconds, tokens)
+        self._job_log.step(index + 1, version, report.loss, seconds, tokens)
         if report.skipped:
             raise StepFailed(
                 f"step {index + 1}, sample {sample.id}: the gradient of {report.skipped[0]} is not "

@@ -6,6 +6,7 @@ What is added: the versions of the weights that answered. Nothing is parsed, so 
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from actors.errors import Unavailable
 from actors.versions import VersionCounter
 from door.exchanges import Hearing
+from door.latencies import Latencies, Pace
 from door.quotas import Tally
 
 VERSION_HEADER: Final = "x-weights-version"
@@ -31,8 +33,15 @@ _KEPT_RESPONSE_HEADERS: Final = ("content-type", "x-request-id")
 class EngineProxy:
     """A client of one boot's engine; made anew when the cell restarts."""
 
-    def __init__(self, socket: str, versions: VersionCounter, timeout_s: float) -> None:
+    def __init__(
+        self,
+        socket: str,
+        versions: VersionCounter,
+        timeout_s: float,
+        latencies: Latencies | None = None,
+    ) -> None:
         self._versions, self._timeout_s = versions, timeout_s
+        self._latencies = latencies or Latencies()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(socket, limit=0),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
@@ -60,6 +69,7 @@ class EngineProxy:
         Raises Unavailable if the engine is gone before it answered anything.
         """
         first = self._versions.weights_version
+        pace = self._latencies.pace(self._versions)
         answer: aiohttp.ClientResponse | None = None
         try:
             answer = await self._session.request(
@@ -92,9 +102,10 @@ class EngineProxy:
         if answer.status != 200:
             hearing = tally = None
         if is_stream:
-            return _Stream(
-                answer, chunk, headers, self._versions, done, hearing, tally, self._timeout_s
-            )
+            if answer.status == 200:
+                pace.first()
+            watched = (self._versions, pace)
+            return _Stream(answer, chunk, headers, *watched, done, hearing, tally, self._timeout_s)
         last = self._versions.newest_version
         headers[LAST_VERSION_HEADER] = str(last)
         response = Response(chunk, answer.status, headers)
@@ -130,6 +141,7 @@ class _Stream(Response):
         chunk: bytes,
         headers: dict[str, str],
         versions: VersionCounter,
+        pace: Pace,
         done: Callable[[], None],
         hearing: Hearing | None,
         tally: Tally | None,
@@ -138,6 +150,7 @@ class _Stream(Response):
         super().__init__(None, answer.status, headers)
         del self.headers["content-length"]
         self._answer, self._chunk, self._versions, self._done = answer, chunk, versions, done
+        self._pace = pace
         self._hearing, self._tally, self._timeout_s = hearing, tally, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -163,7 +176,10 @@ class _Stream(Response):
                         self._tally.take(chunk)
                     is_whole = chunk.endswith(_LAST_EVENT)  # Many clients hang up on it.
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    asked = time.monotonic()  # A client that reads slowly is no late answer.
                     chunk = await self._answer.content.readany()
+                    if chunk and not chunk.endswith(_LAST_EVENT):
+                        self._pace.gap(time.monotonic() - asked)
                 is_whole = is_whole or not chunk
                 last = self._versions.newest_version
                 comment = f": weights_version first={first} last={last}\n\n".encode()
