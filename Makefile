@@ -2,6 +2,7 @@
 # make demo    against a running server: ask, teach one example, ask again
 # make test    the same environment, then lint, types, tests
 # make check   lint and types only
+# make watch   Prometheus over a running server, on port 9090; see docs/observability.md
 # make clean   remove the environment and caches (models stay under REVERIE_HOME)
 
 MODEL  ?= smollm2-135m
@@ -28,7 +29,7 @@ ifeq ($(filter cpu cuda,$(EXTRA)),)
 $(error EXTRA=$(EXTRA) is unknown; use EXTRA=cpu or EXTRA=cuda)
 endif
 
-.PHONY: serve demo test check environment clean
+.PHONY: serve demo watch test check environment clean
 .SILENT:
 .ONESHELL:
 .SHELLFLAGS := -ec
@@ -41,6 +42,12 @@ serve: environment
 
 demo: environment
 	exec $(BIN)/reverie demo --port '$(PORT)'
+
+watch:
+	command -v prometheus >/dev/null \
+		|| { echo "make: there is no prometheus; install it (Debian: apt-get install prometheus)" >&2; exit 1; }
+	exec prometheus --config.file=observability/prometheus.yml --web.listen-address=127.0.0.1:9090 \
+		--storage.tsdb.path="$${REVERIE_HOME:-$$HOME/.reverie}/prometheus"
 
 test: check
 	$(BIN)/python -m pytest

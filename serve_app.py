@@ -30,6 +30,7 @@ from actors.posted import (
     TrainRequest,
 )
 from actors.settings import Settings
+from door.access import AccessLog, ids_of
 from door.audit import listed
 from door.base import body_of, request_id
 from door.candidate_routes import CandidateRoutes
@@ -39,7 +40,6 @@ from door.dream_routes import DreamRoutes
 from door.dream_routes import router as dream_router
 from door.feed import Listening
 from door.guard import KEY, Guard
-from door.metrics import render
 from door.page_routes import PageRoutes
 from door.page_routes import router as page_router
 from door.views import as_json, generation_as_json, job_as_json
@@ -79,6 +79,7 @@ def error_response(error: ReverieError, request: Request) -> JSONResponse:
 
 
 app.add_middleware(Guard, refuse=error_response)
+app.add_middleware(AccessLog)  # The last is the outermost.
 
 
 @app.exception_handler(ReverieError)
@@ -163,7 +164,8 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
             num, ids = len(posted.samples), [each.id for each in posted.samples if each.id]
             with self._meter.samples(request.scope[KEY], num):
                 async with self._act(request, "train", samples=num, ids=listed(ids)) as noted:
-                    made = await self._ask("trainer", "submit", posted)
+                    trace = ids_of(request.headers)[1]
+                    made = await self._ask("trainer", "submit", posted, None, trace)
                     noted.update(status=202, job_id=made.job_id, duplicates=len(made.duplicates))
             return JSONResponse(as_json(made), 202)
 
@@ -305,7 +307,7 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
     async def metrics(self, request: Request) -> PlainTextResponse:
         """Prometheus text: Reverie's own metrics, then vLLM's."""
         self._allow(request, "use")
-        text = render(self._report, self._versions, self._slots.taken)
+        text = self._metrics().text()
         if self._engine is not None:
             with contextlib.suppress(Unavailable):
                 self._ready()

@@ -25,13 +25,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import run_dir
+from actors import logs, run_dir
+from actors.adopting import adopt_model
 from actors.calls import in_words, within
 from actors.checkpoint import Checkpointer
 from actors.dream.actor import Dreamer
 from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.engine import Engine
 from actors.errors import BootFailed
+from actors.events import Events
 from actors.footprint import by_role, pids_of
 from actors.messages import CellPaths, CellReport, CellState, Footprint, Stage
 from actors.posted import CheckpointRequest
@@ -91,7 +93,12 @@ class Cell:
         self._memory: dict[str, Footprint] = {}
         self._group: PlacementGroup | None = None
         self._locks: list[int] = []
+        self._events: Events | None = None
+        logs.configure(settings.logs, "cell", lambda: None)
         self._run: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"cell of {self._settings.model.rpartition('/')[2]}"
 
     @ray.method
     async def start(self) -> None:
@@ -141,6 +148,7 @@ class Cell:
             note, _ = await asyncio.gather(self._save(), self._drain())
             await self._ended(self._actors["engine"].stop.remote(), ENGINE_STOP_TIMEOUT_S)
         await self._tear_down()
+        self._tell("stop", saved=note)
         for lock in self._locks:
             os.close(lock)
         self._locks.clear()
@@ -177,6 +185,8 @@ class Cell:
             try:
                 await self._boot()
                 self._state, self._reason, self._has_run = "ready", None, True
+                took = sum(stage.seconds for stage in self._stages)
+                self._tell("boot", boot=self._boot_number, seconds=round(took, 1))
                 why = await self._watch()
             except asyncio.CancelledError:
                 raise
@@ -184,12 +194,17 @@ class Cell:
                 why = in_words(error)
             why = why.replace(str(self._settings.home), "REVERIE_HOME")
             self._state, self._reason = "recovering", why
+            self._tell("recovery", boot=self._boot_number, reason=why)
             await self._tear_down()
             if not self._may_restart():
                 self._state = "failed"
                 self._reason = f"{why} (gave up after {len(self._restarts) - 1} restarts)"
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        if self._events is not None:
+            self._events.note(event, **facts)
 
     def _may_restart(self) -> bool:
         cell, now = self._settings.cell, time.monotonic()
@@ -245,6 +260,7 @@ class Cell:
         name = model_name(self._settings.model, self._settings.home)
         state = self._settings.home / "state" / name
         make_directory(state)
+        self._events = Events(state, "cell")
         if not self._locks:
             self._locks = [run_dir.lock(state / "lock", name)]
         adopted = await self._stage("model", self._adopt())
@@ -273,29 +289,13 @@ class Cell:
             self._stages[-1] = Stage(name, round(time.monotonic() - begun, 1), True)
 
     async def _adopt(self) -> Any:
-        settings, threads = self._settings, self._settings.journal.threads
-
-        @ray.remote(num_cpus=0, max_retries=0)
-        def adopt_model(model: str, home: Path, dtype: str | None) -> Any:
-            from apollo.journal.disk import RealDisk
-            from apollo.journal.recovery import open_journal
-            from apollo.weights.adopt import adopt
-
-            disk, name = RealDisk(home), model_name(model, home)
-            if disk.is_directory(f"state/{name}/journal"):
-                # First: it may have to mend what adoption would refuse.
-                open_journal(disk, name, threads=threads)
-            adopted = adopt(model, home, dtype, lambda note: None)
-            disk.refuse_mount_point(f"models/{adopted.name}")
-            open_journal(disk, adopted.name, threads=threads)
-            return adopted
-
+        settings = self._settings
         dtype = settings.dtype
         if dtype == "auto":
             dtype = "bfloat16" if self._has_gpu() else "float32"
-        return await within(
-            adopt_model.remote(settings.model, settings.home, dtype), ADOPT_TIMEOUT_S
-        )
+        threads = settings.journal.threads
+        adopting = adopt_model.remote(settings.model, settings.home, dtype, threads)
+        return await within(adopting, ADOPT_TIMEOUT_S)
 
     def _has_gpu(self) -> bool:
         device = self._settings.device

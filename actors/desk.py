@@ -15,7 +15,9 @@ import ray
 from actors.barrier import StepBarrier
 from actors.encoding import Encoder
 from actors.errors import Unavailable
+from actors.events import Events
 from actors.ledger import Ledger
+from actors.logs import bound
 from actors.messages import Acceptance, JobView
 from actors.past import Learned, Remembered, Removal
 from actors.posted import TrainRequest
@@ -30,6 +32,7 @@ class Desk:
     _versions: VersionCounter
     _encoder: Encoder
     _ledger: Ledger
+    _events: Events
 
     def __init__(self) -> None:
         self._barrier = StepBarrier()
@@ -38,10 +41,13 @@ class Desk:
         """Goes up with whatever the training thread must look into the ledger for again."""
 
     @ray.method(concurrency_group="control")
-    def submit(self, request: TrainRequest, round_id: str | None = None) -> Acceptance:
+    def submit(
+        self, request: TrainRequest, round_id: str | None = None, trace: str | None = None
+    ) -> Acceptance:
         """Queue all samples of a request, durably, or none; a ReverieError says why not.
 
-        Those of a dream round give way to clients, and are on trial until `pass_round`.
+        Those of a dream round give way to clients, and are on trial until `pass_round`. `trace`
+        leads back to the request: it is kept with the job, and said wherever that is told of.
         """
         self._encoder.check(request.config)
         samples = [
@@ -49,8 +55,12 @@ class Desk:
             for at, sample in enumerate(request.samples)
         ]
         limit = self._settings.trainer.max_queued_samples
-        accepted = self._ledger.accept(samples, request.config, limit, round_id)
+        trace = trace or round_id
+        accepted = self._ledger.accept(samples, request.config, limit, round_id, trace)
         self._wake.set()
+        with bound(job=accepted.job_id, trace=trace):
+            num, known = accepted.training_samples, len(accepted.duplicates)
+            self._events.note("accepted", samples=num, duplicates=known)
         return accepted
 
     @ray.method(concurrency_group="control")

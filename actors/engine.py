@@ -15,6 +15,7 @@ from typing import Any, Final
 import psutil
 import ray
 
+from actors import logs
 from actors.errors import BootFailed
 from actors.messages import CellPaths, EngineReport
 from actors.run_dir import SHARED_MEMORY, VLLM_FILES
@@ -46,6 +47,9 @@ class Engine:
         # vLLM reads these when it is imported, and its child inherits them.
         os.environ.update(_environment(settings))
 
+    def __repr__(self) -> str:
+        return f"engine of {self._paths.model}"
+
     @ray.method
     async def start(self) -> EngineReport:
         """Load the public model into shared memory and serve it on the socket.
@@ -60,6 +64,8 @@ class Engine:
         from actors.vllm_app import EpochLLM, NoSignalServer, build_vllm_app, parse_arguments
 
         self._version = __version__
+        versions = VersionCounter(self._paths.versions)
+        logs.configure(self._settings.logs, "engine", lambda: versions.weights_version)
         if self._settings.engine.enforce_eager and current_platform.is_cpu():
             # Else all wait for a compiler, some 20 s, when log-probabilities are first asked for.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -67,7 +73,7 @@ class Engine:
         try:
             engine_args = AsyncEngineArgs.from_cli_args(arguments)
             self._llm = EpochLLM.from_engine_args(engine_args)
-            self._llm.versions = VersionCounter(self._paths.versions)
+            self._llm.versions = versions
         except Exception as error:
             raise BootFailed(f"vLLM did not start: {error}") from None
         Path(self._paths.vllm_files).write_text("\n".join(_shared_files()))

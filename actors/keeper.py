@@ -11,13 +11,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors import logs
 from actors.calls import in_words
+from actors.distribution import NOTHING
 from actors.errors import CheckpointFailed, NotFound, ReverieError, Unavailable
+from actors.events import Events
 from actors.messages import CellPaths, Checkpoint, CheckpointReport, Hold
 from actors.settings import Settings
 from actors.versions import VersionCounter
@@ -52,16 +56,24 @@ class Keeper:
         self._paths = paths
         self._trainer = trainer
         self._versions = VersionCounter(paths.versions)
+        logs.configure(settings.logs, "checkpoint", lambda: self._versions.weights_version)
+        self._events = Events(Path(paths.ledger).parent, "checkpoint")
         self._lock = threading.Lock()
         self._tensors: dict[str, Any] = {}
         self._journal: Journal
         self._public = 0
         self._is_swap_atomic = True
         self._last: Checkpoint | None = None
+        self._commit_seconds = self._stall_seconds = NOTHING
+        self._commit_bytes = 0
+        self._changed_share: float | None = None
         self._published_at = time.monotonic()
         self._committed_at = time.monotonic()
         self._paused: str | None = None
         self._reason: str | None = None
+
+    def __repr__(self) -> str:
+        return f"checkpoint of {self._paths.model}"
 
     def _describe(self) -> CheckpointReport:
         newest = self._journal.newest
@@ -72,6 +84,10 @@ class Keeper:
             public_generation=self._public,
             is_swap_atomic=self._is_swap_atomic,
             last=self._last,
+            changed_share=self._changed_share,
+            commit_seconds=self._commit_seconds,
+            stall_seconds=self._stall_seconds,
+            commit_bytes=self._commit_bytes,
             paused=self._paused,
             reason=self._reason,
         )
@@ -99,12 +115,42 @@ class Keeper:
             )
         self._committed_at = time.monotonic()
         self._last = self._tell(made, begun, stall)
+        self._note_commit(self._last)
         if made.generation - self._public >= MAX_UNPUBLISHED:
             try:
                 self._publish()
             except DiskFull as error:  # It is durable all the same.
                 log.warning("not published: %s", error)
         return self._last
+
+    def _note_commit(self, made: Checkpoint) -> None:
+        share = self._changed_share = self._share_of(made.generation)
+        self._commit_seconds = self._commit_seconds.plus(made.seconds)
+        self._stall_seconds = self._stall_seconds.plus(made.stall_seconds)
+        self._commit_bytes += made.size_bytes
+        self._events.note(
+            "commit",
+            generation=made.generation,
+            version=made.weights_version,
+            size_bytes=made.size_bytes,
+            seconds=made.seconds,
+            stall_seconds=made.stall_seconds,
+            changed_share=None if share is None else round(share, 6),
+        )
+
+    def _share_of(self, generation: int) -> float | None:
+        """What it changed; None if that cannot be read back, for it is durable all the same."""
+        from apollo.journal.codec import CorruptDelta
+        from apollo.journal.disk import DiskError
+        from apollo.journal.drift import changes
+        from apollo.journal.segment import SegmentDamaged
+
+        try:
+            found = changes(self._journal, generation)
+        except (CorruptDelta, DiskError, OSError, SegmentDamaged) as error:
+            log.warning("what generation %s changed is not known: %s", generation, error)
+            return None
+        return found.num_changed / found.num_elements
 
     def _refuse_if_ended(self) -> None:
         """Nothing may follow what was cut short: the weights and the journal may not agree."""
@@ -115,6 +161,7 @@ class Keeper:
         self._refuse_if_ended()
         self._public = self._journal.publish().generation
         self._published_at = time.monotonic()
+        self._events.note("publication", generation=self._public)
         self._thin()
 
     def _thin(self) -> None:

@@ -40,6 +40,9 @@ class Ledger(History):
     Safe for threads; every call may wait for the disk, and for BUSY_TIMEOUT_S for another process.
     """
 
+    _counted: tuple[int, dict[SampleState, int]] = (-1, {})
+    """Samples by state, and after how many changes."""
+
     def claim(self, adopted: float) -> None:
         """Tie this ledger to the adoption (its time) that its steps build on.
 
@@ -62,10 +65,11 @@ class Ledger(History):
         config: TrainConfig,
         max_queued: int,
         round_id: str | None = None,
+        trace: str | None = None,
     ) -> Acceptance:
         """Queue the samples as one job, except those accepted before; all of them or none.
 
-        The job is a client's, or that of the dream round which is named.
+        The job is a client's, or that of the dream round which is named; `trace` is kept with it.
         If every sample was accepted before, the answer names the first one's job. Raises Conflict
         for a known id with other content, TooBusy where more than `max_queued` samples would wait,
         Unavailable if the disk is full.
@@ -74,7 +78,7 @@ class Ledger(History):
         assert all(sample.content_hash for sample in samples), "a sample carries its content's hash"
         try:
             with self._transaction():
-                return self._accept(samples, config, max_queued, round_id)
+                return self._accept(samples, config, max_queued, round_id, trace)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
                 raise
@@ -104,6 +108,7 @@ class Ledger(History):
                 config=TrainConfig.model_validate_json(job["config"]),
                 steps_done=self._num_steps(job["id"]),
                 round_id=job["round_id"],
+                trace=job["trace"],
                 again_until=job["again_until"],
                 ends_as=job["again_as"] or "done",
                 error=job["error"] if job["again_as"] else None,
@@ -211,11 +216,14 @@ class Ledger(History):
             return [self._view(row) for row in rows]
 
     def counts(self) -> dict[SampleState, int]:
-        """How many samples are in each state, every state included."""
+        """How many samples are in each state, every state included; counted after changes only."""
         with self._lock:
-            counts: dict[SampleState, int] = dict.fromkeys(get_args(SampleState), 0)
-            counts.update(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
-            return counts
+            if self._counted[0] != (now := self._db.total_changes):
+                counts: dict[SampleState, int] = dict.fromkeys(get_args(SampleState), 0)
+                rows = self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state")
+                counts.update(rows.fetchall())
+                self._counted = now, counts
+            return dict(self._counted[1])
 
     def queued_samples(self) -> int:
         """How many samples wait: what `max_queued` bounds."""
@@ -247,6 +255,7 @@ class Ledger(History):
         config: TrainConfig,
         max_queued: int,
         round_id: str | None,
+        trace: str | None,
     ) -> Acceptance:
         fresh: dict[str, TrainingSample] = {}
         duplicates: list[str] = []
@@ -275,7 +284,7 @@ class Ledger(History):
                 f"{num_queued} samples are queued and {len(fresh)} more would exceed the bound of "
                 f"{max_queued}; nothing of this request was queued: send it later, or in parts"
             )
-        job_id = self._insert_job(tuple(fresh.values()), config, round_id)
+        job_id = self._insert_job(tuple(fresh.values()), config, round_id, trace)
         return Acceptance(job_id, "queued", len(fresh), tuple(duplicates))
 
     def _accepted_before(self, duplicates: tuple[str, ...]) -> Acceptance:
@@ -286,13 +295,17 @@ class Ledger(History):
         return Acceptance(job["id"], job["state"], 0, duplicates)
 
     def _insert_job(
-        self, samples: tuple[TrainingSample, ...], config: TrainConfig, round_id: str | None
+        self,
+        samples: tuple[TrainingSample, ...],
+        config: TrainConfig,
+        round_id: str | None,
+        trace: str | None,
     ) -> str:
         job_id, now = f"job-{secrets.token_hex(8)}", time.time()
         self._db.execute(
-            "INSERT INTO jobs (id, created, state, config, num_samples, epochs, round_id) "
-            "VALUES (?, ?, 'queued', ?, ?, ?, ?)",
-            (job_id, now, config.model_dump_json(), len(samples), config.epochs, round_id),
+            "INSERT INTO jobs (id, created, state, config, num_samples, epochs, round_id, trace) "
+            "VALUES (?, ?, 'queued', ?, ?, ?, ?, ?)",
+            (job_id, now, config.model_dump_json(), len(samples), config.epochs, round_id, trace),
         )
         self._db.executemany(
             "INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

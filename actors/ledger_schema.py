@@ -36,7 +36,8 @@ SCHEMA: Final = (
         round_id TEXT,
         has_passed INTEGER NOT NULL DEFAULT 0,
         again_until INTEGER,
-        again_as TEXT)""",
+        again_as TEXT,
+        trace TEXT)""",
     """CREATE TABLE samples (
         id TEXT PRIMARY KEY,
         job_id TEXT NOT NULL REFERENCES jobs (id),
@@ -87,5 +88,6 @@ MIGRATIONS: Final = {
         "ALTER TABLE jobs ADD COLUMN again_as TEXT",
         *_PAST,
     ),
+    6: ("ALTER TABLE jobs ADD COLUMN trace TEXT",),
 }
 """What makes a ledger of an older format one of the next."""

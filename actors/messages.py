@@ -7,6 +7,7 @@ frozen dataclass.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.distribution import NOTHING, Distribution
 from actors.posted import TrainConfig
 
 JobState = Literal["queued", "training", "done", "failed", "cancelled"]
@@ -42,6 +43,8 @@ class QueuedJob:
     """Steps that the weights already contain; the job resumes at this step."""
     round_id: str | None = None
     """The dream round that it belongs to: it gives way to clients and their jobs."""
+    trace: str | None = None
+    """What leads back to the request that posted it."""
     again_until: int | None = None
     """It had ended before it was undone: so many steps, and it ends as it had."""
     ends_as: EndState = "done"
@@ -84,6 +87,8 @@ class JobView:
     error: str | None
     config: dict[str, Any] = field(default_factory=dict)
     seconds_per_step: float | None = None
+    trace: str | None = None
+    """Trace-id, or `x-request-id`, of the request that posted it; a dream's is its round."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class CellPaths:
     run_dir: str
     """Private directory in shared memory: weights, versions, layout, socket; gone after a stop."""
     ledger: str
+
+    @property
+    def model(self) -> str:
+        """The name under which it is served."""
+        return self.model_dir.rpartition("/")[2]
 
     @property
     def dream(self) -> str:
@@ -176,6 +186,12 @@ class TrainerReport:
     """Number of tensors whose update it had to clip."""
     last_step_bytes: int | None = None
     """Most memory that the newest step took beyond what was there before it."""
+    step_seconds: Distribution = NOTHING
+    """Of all steps since this trainer started."""
+    learned_tokens: int = 0
+    """Likewise: of continuations, as often as they were learned."""
+    samples: dict[SampleState, int] = field(default_factory=dict)
+    """How many the ledger has in each state."""
     on_trial: str | None = None
     """The dream round whose steps are in the weights and have not passed the gate."""
     paused: str | None = None
@@ -243,6 +259,14 @@ class CheckpointReport:
     is_swap_atomic: bool = True  # False where directories cannot be exchanged in one step.
     last: Checkpoint | None = None
     """The newest commit of this boot."""
+    changed_share: float | None = None
+    """Elements of the weights that it changed, as a share."""
+    commit_seconds: Distribution = NOTHING
+    """Of all commits since this actor started."""
+    stall_seconds: Distribution = NOTHING
+    """How long the trainer waited for each."""
+    commit_bytes: int = 0
+    """What they take in the journal, added up."""
     paused: str | None = None
     """Why nothing can be kept just now; the trainer waits with it, and it is tried again."""
     reason: str | None = None
@@ -297,6 +321,8 @@ class DreamReport:
     """Logged exchanges that are to be looked at."""
     proposed: int = 0
     """Candidates that wait for a decision."""
+    kl: float | None = None
+    """From the model before all dreams, in nats per token, as the gate measured it last."""
     paused: str | None = None
     """Why none begins (a budget); it goes on by itself."""
     reason: str | None = None

@@ -1,7 +1,9 @@
 """What the training thread has done last, for the trainer's report."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from actors.distribution import NOTHING, Distribution
 
 if TYPE_CHECKING:
     from apollo.learning.step import StepReport
@@ -20,13 +22,17 @@ class Progress:
     last_changed: float | None = None
     last_limited: int | None = None
     last_step_bytes: int | None = None
+    step_seconds: Distribution = NOTHING
+    learned_tokens: int = 0
 
-    def note(self, steps: int, report: "StepReport", seconds: float) -> None:
+    def note(self, steps: int, report: "StepReport", seconds: float, tokens: int) -> None:
         """A step was made, and recorded."""
         self.steps, self.last_loss, self.last_step_s = steps, report.loss, seconds
         self.last_rested_s = report.rested_s
         self.last_update_rms, self.last_changed = report.update_rms, report.changed
         self.last_limited, self.last_step_bytes = report.num_limited, report.peak_bytes
+        self.step_seconds = self.step_seconds.plus(seconds)
+        self.learned_tokens += tokens
 
     def as_fields(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))

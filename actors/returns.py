@@ -130,5 +130,11 @@ class Returns(Keeper):
             log.warning("a return was cut short: %s", in_words(error))
             self._reason = f"the return to generation {goal.generation} was cut short"
             self._refuse_if_ended()
+        self._events.note(
+            "forgotten" if made.is_learned_again else "rollback",
+            generation=made.generation,
+            returns_to=goal.generation,
+            version=made.weights_version,
+        )
         self._public = made.generation
         self._published_at = self._committed_at = time.monotonic()

@@ -54,6 +54,7 @@ def view_of(job: sqlite3.Row, recent: Sequence[sqlite3.Row]) -> JobView:
         error=job["error"],
         config=json.loads(job["config"]),
         seconds_per_step=statistics.median(s["seconds"] for s in recent) if recent else None,
+        trace=job["trace"],
     )
 
 

@@ -256,6 +256,16 @@ class LimitSettings(_Group):
     """Longest wait for the answer to a control route (a checkpoint has its own limit)."""
 
 
+class LogSettings(_Group):
+    """What processes log, into Ray's files: `reverie logs`."""
+
+    format: Literal["plain", "json"] = "plain"
+    """Lines for people, or one JSON object a line, with the same ids in both."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """From which on; INFO has a line for each request, job, commit and some steps, DEBUG one for
+    each look at `/status`, too. Other people's code warns only."""
+
+
 class CellSettings(_Group):
     """Supervision."""
 
@@ -263,6 +273,8 @@ class CellSettings(_Group):
     """Time between two looks at the actors and at vLLM's child process."""
     hang_timeout_s: float = Field(default=30.0, ge=1)
     """An actor that lives but is silent for this long counts as hung; a dead one shows at once."""
+    ray_metrics_s: float = Field(default=10, ge=0)
+    """Time after which the numbers of `/metrics` are given to Ray's own exporter, too; 0: never."""
     max_restarts: int = Field(default=20, ge=0)
     """Restarts within `restart_window_s` after which the cell stays down and says why."""
     restart_window_s: float = Field(default=600, gt=0)
@@ -293,6 +305,7 @@ class Settings(_Group):
     journal: JournalSettings = JournalSettings()
     dream: DreamSettings = DreamSettings()
     limits: LimitSettings = LimitSettings()
+    logs: LogSettings = LogSettings()
     cell: CellSettings = CellSettings()
 
     @field_validator("home")

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Final
 
 import ray
 
+from actors import logs
 from actors.calls import in_words
 from actors.desk import Desk
 from actors.encoding import Encoder, size_check
 from actors.errors import Conflict, Unavailable
+from actors.events import Events
+from actors.job_log import JobLog
 from actors.ledger import Ledger
 from actors.messages import (
     CellPaths,
@@ -70,6 +73,9 @@ class Trainer(Desk):
         self._settings = settings
         self._paths = paths
         self._versions = VersionCounter(paths.versions, is_writable=True)
+        logs.configure(settings.logs, "trainer", lambda: self._versions.weights_version)
+        self._events = Events(Path(paths.ledger).parent, "trainer")
+        self._job_log = JobLog(self._events)
         super().__init__()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
@@ -91,6 +97,9 @@ class Trainer(Desk):
         self._reason: str | None = None
         self._spoiled: str | None = None
         """Why the live weights may hold half a step, or one that the ledger does not know."""
+
+    def __repr__(self) -> str:
+        return f"trainer of {self._paths.model}"
 
     @ray.method
     def start(self) -> TrainerReport:
@@ -154,6 +163,7 @@ class Trainer(Desk):
             weights_bytes=self._weights_bytes,
             state_bytes=self._learner.optimizer.size_bytes(),
             queued_samples=self._ledger.queued_samples(),
+            samples=self._ledger.counts(),
             **self._progress.as_fields(),
             duty=self._throttle.duty,
             on_trial=self._ledger.on_trial(),
@@ -248,6 +258,7 @@ class Trainer(Desk):
         except Conflict:
             return  # It was cancelled just before.
         self._progress.job_id, self._progress.steps = job.job_id, job.steps_done
+        self._job_log.begin(job, version)
         self._learner.use_threads(
             self._settings.trainer.threads
             if job.round_id is None
@@ -289,6 +300,7 @@ class Trainer(Desk):
             self._stopping.set()
         finally:
             self._progress.job_id = None
+            self._job_log.tell()
         with self._barrier.step():
             if self._num_returns != num_returns:
                 return
@@ -296,6 +308,7 @@ class Trainer(Desk):
             self._versions.next_epoch()
             end = (job.job_id, state, self._versions.weights_version, error)
             self._waiting.for_room(lambda: self._ledger.finish_job(*end))
+        self._job_log.end(*end[1:])
         self._reason = self._spoiled  # Only now: the cell restarts on it.
 
     def _step(self, job: QueuedJob, index: int, num_returns: int) -> None:
@@ -314,7 +327,7 @@ class Trainer(Desk):
             self._teachings.get(sample.id),
         )
         warm_up = min(1.0, (index + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        with self._barrier.step(), self._quiet():
+        with self._barrier.step(), self._quiet(), self._versions.step():
             if self._num_returns != num_returns:
                 raise _Returned
             begun = time.monotonic()
@@ -341,7 +354,9 @@ class Trainer(Desk):
             step = (job.job_id, index, sample.id, version, report.loss, seconds)
             self._waiting.for_room(lambda: self._ledger.record_step(*step))
             self._spoiled = None
-        self._progress.note(index + 1, report, seconds)
+        tokens = len(sample.continuation_ids) + len(sample.rejected_ids)
+        self._progress.note(index + 1, report, seconds, tokens)
+        self._job_log.step(index + 1, version, report.loss, seconds, tokens)
         if report.skipped:
             raise StepFailed(
                 f"step {index + 1}, sample {sample.id}: the gradient of {report.skipped[0]} is not "

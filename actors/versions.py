@@ -7,6 +7,8 @@ reader sees the old or the new one. A response can thus report its version witho
 import mmap
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +17,7 @@ _NUMBER: Final = struct.Struct("=Q")
 _VERSION_AT: Final = 8
 _EPOCH_AT: Final = 16
 _NEWEST_AT: Final = 24
+_STEPS_AT: Final = 32
 _SIZE: Final = mmap.PAGESIZE
 
 
@@ -61,6 +64,20 @@ class VersionCounter:
     def begin_writing(self) -> None:
         """Say that weights of the next version are about to be written."""
         self._write(_NEWEST_AT, self.weights_version + 1)
+
+    @property
+    def half_steps(self) -> int:
+        """Goes up where a step begins and where it ends: odd while one is computed."""
+        return self._read(_STEPS_AT)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Say that a step is computed meanwhile."""
+        self._write(_STEPS_AT, self.half_steps + 1)
+        try:
+            yield
+        finally:
+            self._write(_STEPS_AT, self.half_steps + 1)
 
     @property
     def epoch(self) -> int:

@@ -151,6 +151,8 @@ def _told(job: dict[str, Any]) -> list[str]:
     lines.append(samples + pace)
     settings = ", ".join(f"{key} {value}" for key, value in job["config"].items() if value)
     lines.append(f"[dim]{settings}[/]")
+    if job.get("trace"):
+        lines.append(f"[dim]trace {plain(job['trace'])}[/]")
     if job["loss_history"]:
         lines.append(f"loss  \\[{curve(job['loss_history'], 60)}]")
     if job["error"]:

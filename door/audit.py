@@ -11,19 +11,14 @@ without a second line was cut off: what became of it, the ledger says. Never tex
 """
 
 import asyncio
-import errno
-import json
 import logging
-import os
-import re
-import threading
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from actors.errors import ReverieError, Unrecorded
+from actors.line_file import LineFile
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +31,9 @@ MAX_FILES: Final = 16
 MAX_LISTED: Final = 32
 """Most ids in a line; the count beside them is exact."""
 
-_ASIDE: Final = re.compile(r"audit-[0-9]{8}\.jsonl")
-
 
 class Audit:
-    """The file of one model's state. One ingress replica writes it, one line at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    """The file of one model's state."""
 
     @asynccontextmanager
     async def act(
@@ -79,43 +69,8 @@ class Audit:
                 log.warning("%s of an act is not noted: %s", made["status"], error.strerror)
 
     def _write(self, folder: Path, line: dict[str, Any], is_synced: bool) -> None:
-        text = json.dumps({"time": round(time.time(), 3)} | line, ensure_ascii=True)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with self._lock:
-            descriptor = os.open(folder / NAME, flags, 0o600)
-            try:
-                size = os.fstat(descriptor).st_size
-                # A line that was cut short is left as it is, and ended.
-                is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                data = (b"\n" if is_torn else b"") + text.encode() + b"\n"
-                if os.write(descriptor, data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                if is_synced:
-                    os.fsync(descriptor)
-                    if size == 0:
-                        _sync(folder)  # Its name is new.
-            finally:
-                os.close(descriptor)
-            if size + len(data) >= MAX_BYTES:
-                _put_aside(folder)
-
-
-def _put_aside(folder: Path) -> None:
-    """Begin a new file with the next line; the oldest of too many goes."""
-    aside = sorted(path for path in folder.glob("audit-*.jsonl") if _ASIDE.fullmatch(path.name))
-    number = int(aside[-1].stem.removeprefix("audit-")) + 1 if aside else 1
-    (folder / NAME).rename(folder / f"audit-{number:08}.jsonl")
-    for old in aside[: len(aside) + 1 - MAX_FILES]:
-        old.unlink()
-    _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
+        file = LineFile(folder, NAME.removesuffix(".jsonl"), MAX_BYTES, MAX_FILES)
+        file.add(line, is_synced=is_synced)
 
 
 def listed(ids: list[str]) -> list[str]:

@@ -18,24 +18,28 @@ from ray.exceptions import RayError, RayTaskError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from actors import logs
 from actors.calls import within
 from actors.cell import connect
 from actors.dream.exchange import Exchange
 from actors.ending import NAMESPACE
 from actors.errors import NotPermitted, ReverieError, Unavailable
 from actors.messages import CellReport
-from actors.posted import MAX_ID_CHARS
 from actors.settings import Settings
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
+from door.access import ids_of
 from door.audit import NO_KEY, Audit
 from door.exchanges import ExchangeLog
 from door.feed import Feed
 from door.guard import KEY, LEAVING
 from door.keys import KeyStore, Scope, require_loopback
+from door.latencies import Latencies
 from door.limits import Slots, parse, read_body, require_json
+from door.metrics import Metrics
 from door.proxy import EngineProxy
 from door.quotas import Meter
+from door.ray_metrics import RayMetrics
 from door.views import status_as_json
 
 POLL_INTERVAL_S: Final = 0.5
@@ -47,7 +51,7 @@ T = TypeVar("T")
 
 def request_id(request: Request) -> str:
     """The id that Serve gave the request, or took from the client, and also sends as a header."""
-    return request.headers.get("x-request-id", "")[:MAX_ID_CHARS]
+    return ids_of(request.headers)[0]
 
 
 def body_of(model: Any) -> dict[str, Any]:
@@ -68,6 +72,7 @@ class Door:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        logs.configure(settings.logs, "ingress", self._live_version)
         self._keys = KeyStore(settings.home)
         self._slots = Slots(settings.limits.max_ongoing_requests)
         self._log = ExchangeLog(settings.dream.log_conversations, self._deliver)
@@ -83,6 +88,7 @@ class Door:
     # What the cell is doing: looked at regularly, so that no request has to ask.
 
     async def _follow(self) -> None:
+        through_ray = RayMetrics(self._settings.cell.ray_metrics_s)
         while True:
             try:
                 self._report = await within(self._cell.report.remote(), POLL_TIMEOUT_S)
@@ -90,7 +96,15 @@ class Door:
             except Exception:  # Whatever it was: a state that is not known is not ready.
                 self._report = None
             self._feed.tell(self._snapshot())
+            await through_ray.tell(self._metrics())
             await asyncio.sleep(POLL_INTERVAL_S)
+
+    def _metrics(self) -> Metrics:
+        now = (self._report, self._versions, self._slots.taken, self._latencies)
+        return Metrics(self._settings, *now)
+
+    def _live_version(self) -> int | None:
+        return None if self._versions is None else self._versions.weights_version
 
     def _snapshot(self) -> dict[str, Any]:
         return status_as_json(self._report, self._versions, self._slots.taken, self._log)
@@ -104,7 +118,8 @@ class Door:
         self._versions = VersionCounter(report.paths.versions)
         self._traffic = Traffic(report.paths.traffic, is_writable=True)
         timeout_s = self._settings.limits.request_timeout_s
-        self._engine = EngineProxy(report.paths.socket, self._versions, timeout_s, self._traffic)
+        watched = (self._versions, self._traffic, self._latencies)
+        self._engine = EngineProxy(report.paths.socket, timeout_s, *watched)
         self._boot = report.boot
 
     def _ready(self) -> CellReport:
@@ -134,6 +149,10 @@ class Door:
             raise Unavailable(f"the {role} went away; it restarts by itself, try again") from None
         except TimeoutError:
             raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
+
+    @cached_property
+    def _latencies(self) -> Latencies:
+        return Latencies()
 
     @cached_property
     def _meter(self) -> Meter:

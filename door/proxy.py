@@ -20,6 +20,7 @@ from actors.errors import Unavailable
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from door.exchanges import Hearing
+from door.latencies import Latencies, Pace
 from door.quotas import Tally
 
 VERSION_HEADER: Final = "x-weights-version"
@@ -34,9 +35,15 @@ class EngineProxy:
     """A client of one boot's engine; made anew when the cell restarts."""
 
     def __init__(
-        self, socket: str, versions: VersionCounter, timeout_s: float, traffic: Traffic
+        self,
+        socket: str,
+        timeout_s: float,
+        versions: VersionCounter,
+        traffic: Traffic,
+        latencies: Latencies,
     ) -> None:
-        self._versions, self._timeout_s, self._traffic = versions, timeout_s, traffic
+        self._timeout_s, self._versions = timeout_s, versions
+        self._traffic, self._latencies = traffic, latencies
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(socket, limit=0),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S),
@@ -64,6 +71,7 @@ class EngineProxy:
         Raises Unavailable if the engine is gone before it answered anything.
         """
         first = self._versions.weights_version
+        pace = self._latencies.pace(self._versions)
         answer: aiohttp.ClientResponse | None = None
         try:
             answer = await self._session.request(
@@ -96,8 +104,10 @@ class EngineProxy:
         if answer.status != 200:
             hearing = tally = None
         if is_stream:
-            told = (self._versions, self._traffic.note_gap)
-            return _Stream(answer, chunk, headers, *told, done, hearing, tally, self._timeout_s)
+            if answer.status == 200:
+                pace.first()
+            watched = (self._versions, self._traffic, pace)
+            return _Stream(answer, chunk, headers, *watched, done, hearing, tally, self._timeout_s)
         last = self._versions.newest_version
         headers[LAST_VERSION_HEADER] = str(last)
         response = Response(chunk, answer.status, headers)
@@ -133,7 +143,8 @@ class _Stream(Response):
         chunk: bytes,
         headers: dict[str, str],
         versions: VersionCounter,
-        note_gap: Callable[[int], None],
+        traffic: Traffic,
+        pace: Pace,
         done: Callable[[], None],
         hearing: Hearing | None,
         tally: Tally | None,
@@ -142,7 +153,7 @@ class _Stream(Response):
         super().__init__(None, answer.status, headers)
         del self.headers["content-length"]
         self._answer, self._chunk, self._versions, self._done = answer, chunk, versions, done
-        self._note_gap = note_gap
+        self._traffic, self._pace = traffic, pace
         self._hearing, self._tally, self._timeout_s = hearing, tally, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,7 +181,10 @@ class _Stream(Response):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                     asked_ns = time.monotonic_ns()  # A client that reads slowly is no late answer.
                     chunk = await self._answer.content.readany()
-                    self._note_gap(time.monotonic_ns() - asked_ns)
+                    waited_ns = time.monotonic_ns() - asked_ns
+                    self._traffic.note_gap(waited_ns)
+                    if chunk and not chunk.endswith(_LAST_EVENT):
+                        self._pace.gap(waited_ns / 1e9)
                 is_whole = is_whole or not chunk
                 last = self._versions.newest_version
                 comment = f": weights_version first={first} last={last}\n\n".encode()

@@ -2,12 +2,18 @@
 
 import os
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, Final
 
 from actors.messages import CellReport, JobView
 from actors.past import GenerationDetail
 from actors.versions import VersionCounter
 from door.exchanges import ExchangeLog
+
+_ONLY_METRICS: Final = {
+    "trainer": ("step_seconds",),
+    "checkpoint": ("commit_seconds", "stall_seconds"),
+}
+"""Whole distributions: for programs that draw them."""
 
 
 def as_json(record: Any) -> dict[str, Any]:
@@ -37,6 +43,9 @@ def status_as_json(
         return {"state": "unreachable", "reason": "the cell does not answer"}
     shown = as_json(report)
     paths = shown.pop("paths")
+    for role, facts in _ONLY_METRICS.items():
+        for name in facts if shown[role] else ():
+            del shown[role][name]
     shown["cell"] = {"pid": shown.pop("pid")}
     shown["model"] = None if paths is None else paths["model_dir"].rsplit("/", 1)[-1]
     shown["weights_version"] = None if versions is None else versions.weights_version

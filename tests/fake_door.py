@@ -188,7 +188,9 @@ class FakeCell:
 
     # What actors are asked.
 
-    def trainer_submit(self, posted: TrainRequest) -> Acceptance:
+    def trainer_submit(
+        self, posted: TrainRequest, round_id: str | None, trace: str | None
+    ) -> Acceptance:
         self.asked.append(("train", posted))
         name = f"job-{len(self.jobs) + 1}"
         config = {"sample": posted.samples[0].id}

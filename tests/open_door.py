@@ -28,6 +28,7 @@ from actors.dream.signal import Signal
 from actors.dream.store import DreamStore
 from actors.encoding import Encoder
 from actors.errors import NotFound
+from actors.events import Events
 from actors.ledger import Ledger
 from actors.messages import (
     CellPaths,
@@ -82,8 +83,11 @@ class ByteTokenizer:
 class OpenDesk(Desk):
     """The trainer without its training."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, versions: VersionCounter) -> None:
+    def __init__(
+        self, settings: Settings, ledger: Ledger, versions: VersionCounter, events: Events
+    ) -> None:
         super().__init__()
+        self._events = events
         self._settings, self._ledger, self._versions = settings, ledger, versions
         self._encoder = Encoder(ByteTokenizer(), 257, MAX_LEN)
 
@@ -210,12 +214,14 @@ class OpenDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         self._versions = VersionCounter.create(paths.versions)
         self._traffic = Traffic.create(paths.traffic)
         self.ledger = Ledger(paths.ledger)
-        self._desk = OpenDesk(settings, self.ledger, self._versions)
+        events = Events(Path(paths.ledger).parent, "trainer")
+        self._desk = OpenDesk(settings, self.ledger, self._versions, events)
         self.journal = MadeUpJournal(self._desk)
         self.dreamer: Any = OpenDreamer(settings, paths, DirectCell(self._desk, self.journal))
         self._boot = 1
         timeout_s = settings.limits.request_timeout_s
-        self._engine = EngineProxy(paths.socket, self._versions, timeout_s, self._traffic)
+        watched = (self._versions, self._traffic, self._latencies)
+        self._engine = EngineProxy(paths.socket, timeout_s, *watched)
         self._report = CellReport(
             1, "ready", None, paths, (), 0, 1,
             EngineReport(1, (), True), TrainerReport(1, 0), CheckpointReport(1, 0, 0),

@@ -33,6 +33,7 @@ from actors.traffic import Traffic
 from actors.versions import VersionCounter
 from door.exchanges import ExchangeLog, Hearing
 from door.keys import KeyStore, Scope
+from door.latencies import Latencies
 from door.limits import Slots, parse, parse_json, read_body
 from door.proxy import EngineProxy
 
@@ -348,7 +349,7 @@ async def upstream(tmp_path: Path) -> AsyncIterator[Upstream]:
 
 @pytest.fixture
 async def proxy(upstream: Upstream) -> AsyncIterator[EngineProxy]:
-    proxy = EngineProxy(upstream.socket, upstream.versions, 20, upstream.traffic)
+    proxy = EngineProxy(upstream.socket, 20, upstream.versions, upstream.traffic, Latencies())
     yield proxy
     await proxy.close()
 
@@ -753,7 +754,7 @@ async def refusal_of(proxy: EngineProxy, done: Done) -> Unavailable:
 
 async def test_engine_that_is_gone_is_unavailable(upstream: Upstream, tmp_path: Path) -> None:
     socket, done = str(tmp_path / "none.sock"), Done()
-    proxy = EngineProxy(socket, upstream.versions, 20, upstream.traffic)
+    proxy = EngineProxy(socket, 20, upstream.versions, upstream.traffic, Latencies())
     assert "restarts by itself" in str(await refusal_of(proxy, done))
     with pytest.raises(Unavailable):
         await proxy.fetch("/metrics")
@@ -794,7 +795,7 @@ async def test_engine_that_does_not_answer_in_time_is_unavailable(upstream: Upst
         return web.Response()
 
     upstream.answer, done = reply, Done()
-    proxy = EngineProxy(upstream.socket, upstream.versions, 0.05, upstream.traffic)
+    proxy = EngineProxy(upstream.socket, 0.05, upstream.versions, upstream.traffic, Latencies())
     assert "time limit" in str(await refusal_of(proxy, done))
     await proxy.close()
 

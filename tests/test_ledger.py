@@ -109,7 +109,7 @@ def test_the_ledger_of_an_older_reverie_is_brought_forward_with_its_samples(path
         for column in ("rejected_ids", "teacher_context_ids"):
             other.execute(f"ALTER TABLE samples DROP COLUMN {column}")
         newer = ("furthest_step", "num_ends", "round_id", "has_passed", "again_until", "again_as")
-        for column in newer:
+        for column in (*newer, "trace"):
             other.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
         other.execute("DROP VIEW made")
         for table in ("undone", "returns", "forgotten"):
@@ -130,10 +130,10 @@ def test_the_ledger_of_an_older_reverie_is_brought_forward_with_its_samples(path
 
 def test_the_ledger_of_a_newer_reverie_is_refused_and_left_alone(path: Path) -> None:
     with sqlite3.connect(path) as other:
-        other.execute("PRAGMA user_version = 7")
+        other.execute("PRAGMA user_version = 8")
     other.close()
     before = path.read_bytes()
-    with pytest.raises(SettingsError, match=r"ledger format 7.*knows 6.*newer Reverie"):
+    with pytest.raises(SettingsError, match=r"ledger format 8.*knows 7.*newer Reverie"):
         Ledger(path)
     assert path.read_bytes() == before
 

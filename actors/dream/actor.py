@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import ray
 
+from actors import logs
 from actors.calls import in_words
 from actors.dream.behaviour import Behaviour
 from actors.dream.cell_calls import CellCalls
@@ -30,6 +31,7 @@ from actors.dream.round import Dream
 from actors.dream.signal import Deleted, Signal
 from actors.dream.store import DreamStore, Memory
 from actors.errors import Conflict, InvalidRequest, TooBusy, Unavailable
+from actors.events import Events
 from actors.messages import CellPaths, DreamReport
 from actors.posted import DecisionRequest, DreamRequest, MemoriesRequest, ScoreRequest
 from actors.settings import Settings
@@ -61,6 +63,8 @@ class Dreamer:
     ) -> None:
         self._settings, self._paths = settings, paths
         self._versions = VersionCounter(paths.versions)
+        logs.configure(settings.logs, "dream", lambda: self._versions.weights_version)
+        self._events = Events(Path(paths.ledger).parent, "dream")
         self._traffic = Traffic(paths.traffic)
         self._calls = CellCalls(settings, self._versions, trainer, checkpoint)
         self._store: DreamStore
@@ -73,6 +77,9 @@ class Dreamer:
         self._stage: tuple[str, int, int] | None = None
         self._paused: str | None = None
         self._reason: str | None = None
+
+    def __repr__(self) -> str:
+        return f"dream of {self._paths.model}"
 
     @ray.method
     async def start(self) -> DreamReport:
@@ -107,9 +114,14 @@ class Dreamer:
             asked=len(self._asked()),
             unscored=unscored,
             proposed=proposed,
+            kl=self._kl(),
             paused=self._paused,
             reason=self._reason,
         )
+
+    def _kl(self) -> float | None:
+        last = self._store.note("last")
+        return None if last is None else float(last["measured"]["kl"])
 
     # What clients ask.
 
@@ -314,6 +326,7 @@ class Dreamer:
 
     async def _run(self, of: Round) -> None:
         self._round = of
+        self._events.note("round_begun", round=of.id, behaviour=of.behaviour, state=of.state)
         dream = Dream(self._model(), self._store, self._settings.dream, self._calls, self._tell)
         self._running = asyncio.create_task(dream.run(of))
         try:
@@ -334,6 +347,9 @@ class Dreamer:
             log.exception("%s ended", of.id)
             await self._end(dream, of, in_words(error))
         finally:
+            measured = of.attempts[-1].measured if of.attempts else None
+            facts = {"state": of.state, "reason": of.reason, "kl": measured and measured["kl"]}
+            self._events.note("round_left", round=of.id, **facts)
             self._is_stopping, self._running = False, None
             self._round, self._stage = None, None
 
