@@ -46,8 +46,11 @@ demo: environment
 watch:
 	command -v prometheus >/dev/null \
 		|| { echo "make: there is no prometheus; install it (Debian: apt-get install prometheus)" >&2; exit 1; }
-	exec prometheus --config.file=observability/prometheus.yml --web.listen-address=127.0.0.1:9090 \
-		--storage.tsdb.path="$${REVERIE_HOME:-$$HOME/.reverie}/prometheus"
+	place="$${REVERIE_HOME:-$$HOME/.reverie}/prometheus"
+	mkdir -p "$$place"
+	sed 's/127\.0\.0\.1:8000/127.0.0.1:$(PORT)/' observability/prometheus.yml >"$$place/prometheus.yml"
+	exec prometheus --config.file="$$place/prometheus.yml" --web.listen-address=127.0.0.1:9090 \
+		--storage.tsdb.path="$$place"
 
 test: check
 	$(BIN)/python -m pytest

@@ -29,6 +29,7 @@ from actors import logs, run_dir
 from actors.adopting import adopt_model
 from actors.calls import in_words, within
 from actors.checkpoint import Checkpointer
+from actors.draining import drain
 from actors.dream.actor import Dreamer
 from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.engine import Engine
@@ -49,9 +50,6 @@ START_TIMEOUT_S: Final = 60
 ENGINE_STOP_TIMEOUT_S: Final = 20
 ADOPT_TIMEOUT_S: Final = 3600
 RESTART_PAUSE_S: Final = 0.5
-DRAIN_INTERVAL_S: Final = 0.1
-DRAINED_S: Final = 1.5
-"""Nobody inside for so long: the door has noticed the stop by then, and lets nobody in any more."""
 WEIGH_INTERVAL_S: Final = 10.0
 """The kernel walks all pages of a process to add them up: 10 ms and more for 700 MiB."""
 CONTROL_THREADS: Final = 4
@@ -96,6 +94,7 @@ class Cell:
         self._events: Events | None = None
         logs.configure(settings.logs, "cell", lambda: None)
         self._run: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[str] | None = None
 
     def __repr__(self) -> str:
         return f"cell of {self._settings.model.rpartition('/')[2]}"
@@ -136,8 +135,14 @@ class Cell:
         """Stop in order: no further steps, a last checkpoint, the engine, everything else.
 
         Answers that have begun may end meanwhile, within `cell.drain_timeout_s`; the door answers
-        503 to new requests. Returns what became of the checkpoint, in words.
+        503 to new requests. Returns what became of the checkpoint, in words; whoever asks while it
+        stops already is told the same.
         """
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        return await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> str:
         was_ready = self._state == "ready"
         self._state, self._reason = "stopping", "it was asked to stop"
         if self._run is not None:
@@ -145,7 +150,9 @@ class Cell:
             await asyncio.wait([self._run], timeout=5)
         note = "nothing to save"
         if was_ready:
-            note, _ = await asyncio.gather(self._save(), self._drain())
+            assert self._paths is not None
+            draining = drain(self._paths.traffic, self._settings.cell.drain_timeout_s)
+            note, _ = await asyncio.gather(self._save(), draining)
             await self._ended(self._actors["engine"].stop.remote(), ENGINE_STOP_TIMEOUT_S)
         await self._tear_down()
         self._tell("stop", saved=note)
@@ -167,15 +174,6 @@ class Cell:
             return f"generation {saved.generation} at version {saved.weights_version}"
         except Exception as error:
             return f"no checkpoint: {in_words(error)}; the ledger will queue again what is missing"
-
-    async def _drain(self) -> None:
-        """Wait until nobody is being answered, or for as long as it may take."""
-        assert self._paths is not None
-        traffic, begun = Traffic(self._paths.traffic), time.monotonic()
-        while (waited_s := time.monotonic() - begun) < self._settings.cell.drain_timeout_s:
-            if min(traffic.idle_s(), waited_s) >= DRAINED_S:
-                return
-            await asyncio.sleep(DRAIN_INTERVAL_S)
 
     # Supervision.
 
@@ -199,6 +197,7 @@ class Cell:
             if not self._may_restart():
                 self._state = "failed"
                 self._reason = f"{why} (gave up after {len(self._restarts) - 1} restarts)"
+                self._tell("failed", boot=self._boot_number)
                 return
             await asyncio.sleep(RESTART_PAUSE_S)
 
@@ -260,9 +259,9 @@ class Cell:
         name = model_name(self._settings.model, self._settings.home)
         state = self._settings.home / "state" / name
         make_directory(state)
-        self._events = Events(state, "cell")
         if not self._locks:
             self._locks = [run_dir.lock(state / "lock", name)]
+        self._events = Events(state, "cell")
         adopted = await self._stage("model", self._adopt())
         self._paths = CellPaths(
             str(adopted.directory), run_dir.create(), str(state / "ledger.sqlite")

@@ -2,11 +2,12 @@
 
 {"time", "role", "event", "job", "trace", ...facts}        REVERIE_HOME/state/NAME/events.jsonl
 
-cell        boot, recovery, stop            checkpoint   commit, publication, rollback, forgotten
+cell        boot, recovery, failed, stop    checkpoint   commit, publication, rollback, forgotten
 trainer     accepted, job_begun, steps, job_ended        dream   round_begun, round_left
 
 For people and their tools, who read what is truly durable elsewhere: lines are not synced, one that
-cannot be written is lost, and nothing waits for it. Ids and numbers; never texts, never keys.
+cannot be written is lost, and nothing waits long for it. Ids, numbers, and why a boot ended; the
+words of a job's or a round's error are in the ledger and in its report. Never texts, never keys.
 """
 
 import logging
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 NAME: Final = "events"
 MAX_BYTES: Final = 16 * 1024**2
+LOCK_TIMEOUT_S: Final = 0.1
+"""Longest wait for another role's line: loops that answer others call this, too."""
 MAX_FILES: Final = 8
 """144 MiB in all; a busy trainer writes some 30 MiB a day."""
 
@@ -28,7 +31,7 @@ class Events:
     """What one role tells; any thread may."""
 
     def __init__(self, folder: Path, role: str) -> None:
-        self._file = LineFile(folder, NAME, MAX_BYTES, MAX_FILES)
+        self._file = LineFile(folder, NAME, MAX_BYTES, MAX_FILES, LOCK_TIMEOUT_S)
         self._role = role
         self._is_lost = False
 

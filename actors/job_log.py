@@ -61,8 +61,8 @@ class JobLog:
             tokens=sum(tokens),
         )
 
-    def end(self, state: EndState, version: int, error: str | None) -> None:
-        """It is at its end, which is recorded."""
+    def end(self, state: EndState, version: int) -> None:
+        """It is at its end, which is recorded, in the ledger with its error's words."""
         self.tell()
-        self._events.note("job_ended", state=state, version=version, error=error)
+        self._events.note("job_ended", state=state, version=version)
         bind()

@@ -233,8 +233,9 @@ class Keeper:
         from apollo.journal.segment import SegmentDamaged
         from apollo.journal.slots import SlotDamaged
         from apollo.journal.values import WeightsDamaged
+        from apollo.weights.manifest import ManifestError
 
-        damages = (CorruptDelta, SegmentDamaged, SlotDamaged, WeightsDamaged)
+        damages = (CorruptDelta, ManifestError, SegmentDamaged, SlotDamaged, WeightsDamaged)
         try:
             yield
         except ReverieError:

@@ -31,6 +31,7 @@ class LineFile:
     """Size from which the file is put aside, and a new one begun."""
     max_files: int
     """Most that are put aside."""
+    lock_timeout_s: float = LOCK_TIMEOUT_S
 
     @property
     def path(self) -> Path:
@@ -59,7 +60,7 @@ class LineFile:
     def _open(self) -> int:
         """The file, locked: nobody else writes it, or puts it aside, before it is closed."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        deadline = time.monotonic() + self.lock_timeout_s
         while True:
             descriptor = os.open(self.path, flags, 0o600)
             if self._lock(descriptor):

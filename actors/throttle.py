@@ -63,8 +63,12 @@ class Throttle:
         return 1.0 if self._is_free() else self._answering_duty
 
     def begin(self) -> None:
-        """Work begins: what was seen while there was none says nothing about it."""
+        """A job begins: what was seen while there was none says nothing about it."""
         self._looked_at = self._traffic.num_gaps()
+        self.resume()
+
+    def resume(self) -> None:
+        """Work goes on: what lay between was none, and no rest is owed for it."""
         self._worked_since = self._clock()
 
     def breathe(self) -> float:

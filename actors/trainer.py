@@ -308,7 +308,7 @@ class Trainer(Desk):
             self._versions.next_epoch()
             end = (job.job_id, state, self._versions.weights_version, error)
             self._waiting.for_room(lambda: self._ledger.finish_job(*end))
-        self._job_log.end(*end[1:])
+        self._job_log.end(state, self._versions.weights_version)
         self._reason = self._spoiled  # Only now: the cell restarts on it.
 
     def _step(self, job: QueuedJob, index: int, num_returns: int) -> None:
@@ -331,6 +331,7 @@ class Trainer(Desk):
             if self._num_returns != num_returns:
                 raise _Returned
             begun = time.monotonic()
+            self._throttle.resume()
             # Said before the barrier opens: a checkpoint that waits must not keep a broken step.
             self._spoiled = "a step broke off"
             try:

@@ -54,7 +54,7 @@ class AccessLog:
                 answered.break_off()
                 raise
             finally:
-                level = answered.level(scope["method"])
+                level = answered.level(scope)
                 log.log(level, "request", extra=answered.facts(scope, begun))
 
 
@@ -74,12 +74,13 @@ class Answered:
         """Nothing that a route has foreseen."""
         self._status = 500
 
-    def level(self, method: str) -> int:
-        """Low for those who only look, often, and for those who are refused: anybody can be."""
+    def level(self, scope: Scope) -> int:
+        """Low for those who only look, often, and whoever shows no key: anybody can be refused."""
         if self._status == 500:
             return logging.WARNING
-        is_done = self._status is not None and self._status < 400
-        return logging.INFO if is_done and method != "GET" else logging.DEBUG
+        is_done = KEY in scope and self._status is not None and self._status < 400
+        is_look = scope["method"] in ("GET", "HEAD")
+        return logging.INFO if is_done and not is_look else logging.DEBUG
 
     def facts(self, scope: Scope, begun: float) -> dict[str, Any]:
         """Of the route, what was answered, and to whom."""

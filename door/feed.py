@@ -30,7 +30,7 @@ class Feed:
     """The newest snapshot and those who wait for the next one."""
 
     def __init__(self) -> None:
-        self.listeners = Slots(MAX_LISTENERS)
+        self.listeners = Slots(MAX_LISTENERS, "listeners are there")
         self._snapshot: dict[str, Any] = {"state": "starting"}
         self._number = 0
         self._changed = asyncio.Event()

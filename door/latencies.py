@@ -64,13 +64,16 @@ class Pace:
         """Its first bytes are here."""
         self._latencies.first[self._during()].observe(time.monotonic() - self._begun)
 
-    def gap(self, seconds: float) -> None:
-        """The next bytes have come, after so long."""
-        during = self._during()
-        if self._is_begun:
+    def gap(self, seconds: float) -> bool:
+        """The next bytes have come, after so long; whether that is a gap between two tokens.
+
+        A chat begins with a piece that names the role, and the first token follows at once.
+        """
+        during, is_gap = self._during(), self._is_begun
+        if is_gap:
             self._latencies.gap[during].observe(seconds)
-        # A chat begins with a piece that names the role, and the first token follows at once.
         self._is_begun = True
+        return is_gap
 
     def _during(self) -> int:
         before, self._half_steps = self._half_steps, self._versions.half_steps

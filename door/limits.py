@@ -33,8 +33,8 @@ WORDING: Final = (
 class Slots:
     """A bounded number of requests inside the door."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, what: str = "requests are being answered") -> None:
+        self._limit, self._what = limit, what
         self.taken = 0
 
     @contextmanager
@@ -48,9 +48,7 @@ class Slots:
 
     def take(self) -> None:
         if self.taken >= self._limit:
-            raise TooBusy(
-                f"{self._limit} requests are being answered already; try again in a few seconds"
-            )
+            raise TooBusy(f"{self._limit} {self._what} already; try again in a few seconds")
         self.taken += 1
 
     def give(self) -> None:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from actors.errors import Unavailable
-from actors.traffic import Traffic
+from actors.traffic import NS, Traffic
 from actors.versions import VersionCounter
 from door.exchanges import Hearing
 from door.latencies import Latencies, Pace
@@ -182,9 +182,9 @@ class _Stream(Response):
                     asked_ns = time.monotonic_ns()  # A client that reads slowly is no late answer.
                     chunk = await self._answer.content.readany()
                     waited_ns = time.monotonic_ns() - asked_ns
-                    self._traffic.note_gap(waited_ns)
-                    if chunk and not chunk.endswith(_LAST_EVENT):
-                        self._pace.gap(waited_ns / 1e9)
+                    is_token = self.status_code == 200 and chunk and not chunk.endswith(_LAST_EVENT)
+                    if is_token and self._pace.gap(waited_ns / NS):
+                        self._traffic.note_gap(waited_ns)
                 is_whole = is_whole or not chunk
                 last = self._versions.newest_version
                 comment = f": weights_version first={first} last={last}\n\n".encode()

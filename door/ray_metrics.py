@@ -4,16 +4,19 @@
 
 One Prometheus job for all nodes then finds them, by Ray's service discovery. Prefer the door: these
 come later by some seconds, and pass two more processes. Every sample is a gauge of its own name, a
-bucket and a counter, too: Ray would count them anew, and PromQL asks for names only.
+bucket and a counter, too: Ray would count them anew, and PromQL asks for names only. Of what is not
+known now, Ray keeps the last value.
 """
 
 import asyncio
-import contextlib
+import logging
 import time
 
 from ray.util.metrics import Gauge
 
 from door.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 
 class RayMetrics:
@@ -23,14 +26,20 @@ class RayMetrics:
         self._interval_s = interval_s
         self._due = time.monotonic()
         self._gauges: dict[str, Gauge] = {}
+        self._is_lost = False
 
     async def tell(self, metrics: Metrics) -> None:
         """Give them to Ray, if it is time."""
         if not self._interval_s or time.monotonic() < self._due:
             return
         self._due = time.monotonic() + self._interval_s
-        with contextlib.suppress(Exception):  # Whatever Ray has, it is told anew.
+        try:
             await asyncio.to_thread(self._tell, metrics)
+            self._is_lost = False
+        except Exception as error:  # Nobody's answer waits for it, and it is told anew.
+            if not self._is_lost:
+                log.warning("Ray's exporter is not told: %s", type(error).__name__)
+            self._is_lost = True
 
     def _tell(self, metrics: Metrics) -> None:
         for family in metrics.collect():

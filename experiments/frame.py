@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI: Final = 130
+SECRETS: Final = {"key"}
+"""Settings that are kept nowhere."""
 _BEGUN: Final = time.monotonic()
 
 
@@ -81,7 +83,8 @@ def keep(path: str | Path | None, options: argparse.Namespace, found: Mapping[st
     """Write what was found, if that is wanted, whole or not at all."""
     if path is None:
         return
-    settings = {name: _plain(value) for name, value in sorted(vars(options).items())}
+    known = {name: value for name, value in vars(options).items() if name not in SECRETS}
+    settings = {name: _plain(value) for name, value in sorted(known.items())}
     made = {
         "experiment": Path(sys.argv[0]).stem,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,7 +121,7 @@ def draw_to(path: str | Path, made: "Figure") -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON; of a path only what was typed, never where this machine has it."""
+    """As JSON."""
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return value if isinstance(value, (int, float, bool, type(None))) else str(value)

@@ -158,6 +158,7 @@ def started_cell(home: Path, model_dir: Path, *settings: str) -> Iterator[Runnin
             process.kill()
     (public,) = (home / "models").glob("[!.]*/reverie.json")
     saved = json.loads(public.read_text())["weights_version"]
+    # A job that goes on may have made another step since.
     assert saved >= last_version, "the clean stop did not publish what was learned"
     _, left = psutil.wait_procs(family, EXIT_TIMEOUT_S)
     # A process that has ended but that nobody waits for, in a container without an init, is gone.

@@ -6,9 +6,9 @@ Also what a trace leads to there: from a request to its job, and to the steps th
 import json
 import math
 import re
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -96,10 +96,10 @@ def job(cell: RunningCell, untaught: None, request: pytest.FixtureRequest) -> di
     header = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
     posted = httpx.post(f"{cell.base}/train", json=body, headers=header, timeout=60)
     assert posted.status_code == 202, posted.text
-    asking = threading.Thread(target=ask, args=(cell, 48))
-    asking.start()
-    ended = cell.wait_job(posted.json()["job_id"])
-    asking.join(120)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, cell, 48)
+        ended = cell.wait_job(posted.json()["job_id"])
+        asking.result()
     saved = httpx.post(f"{cell.base}/checkpoint", json={}, timeout=300)
     assert saved.status_code == 200, saved.text
     (state,) = (cell.home / "state").iterdir()

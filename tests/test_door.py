@@ -10,6 +10,7 @@ import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -493,37 +494,66 @@ async def test_stream_passes_unchanged_and_ends_with_both_versions(
     assert "x-weights-version-last" not in client.headers, "it is not known yet"
 
 
-async def test_the_waits_for_the_pieces_of_a_stream_are_noted(
-    upstream: Upstream, proxy: EngineProxy
+class Clock:
+    """The proxy's, which goes on only when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ms = 0
+        monkeypatch.setattr(
+            "door.proxy.time", SimpleNamespace(monotonic_ns=lambda: self.ms * 1_000_000)
+        )
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_the_waits_between_the_tokens_of_a_stream_are_noted(
+    upstream: Upstream, proxy: EngineProxy, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not the one after a chat's first piece, nor those before its end, nor those of an error."""
+    clock, client = Clock(monkeypatch), Client()
+
     async def reply(request: web.Request) -> web.StreamResponse:
-        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        stream = web.StreamResponse(status=status, headers={"content-type": "text/event-stream"})
         await stream.prepare(request)
-        for wait_s in (0.0, 0.03, 0.06):
-            await asyncio.sleep(wait_s)
-            await stream.write(b"data: x\n\n")
+        for wait_ms, piece in ((5, b"role"), (7, b"one"), (30, b"two"), (60, b"three")):
+            clock.ms += wait_ms
+            client.got_some.clear()
+            await stream.write(b"data: " + piece + b"\n\n")
+            await client.got_some.wait()
+        clock.ms += 90
+        await stream.write(b"data: [DONE]\n\n")
         await stream.write_eof()
         return stream
 
     upstream.answer = reply
-    await exchange(proxy, request_of(b"{}"), Done())
-    gaps_ms = upstream.traffic.gaps_ms(0)
-    assert gaps_ms[0] >= 25 and gaps_ms[1] >= 55 and len(gaps_ms) <= 3, gaps_ms
+    request = request_of(b"{}")
+    await (await proxy.forward(request, b"{}", Done()))(request.scope, client.receive, client.send)
+    assert client.is_complete and b"three" in client.body
+    assert upstream.traffic.gaps_ms(0) == ([30, 60] if status == 200 else [])
 
 
 async def test_a_client_that_reads_slowly_is_no_late_answer(
-    upstream: Upstream, proxy: EngineProxy
+    upstream: Upstream, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upstream.answer = events(*(b"data: x\n\n" for _ in range(3)))
+    clock = Clock(monkeypatch)
 
     class Slow(Client):
         async def send(self, message: Any) -> None:
-            await asyncio.sleep(0.2)
+            clock.ms += 200
             await super().send(message)
 
-    request, client = request_of(b"{}"), Slow()
+    async def reply(request: web.Request) -> web.StreamResponse:
+        stream = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await stream.prepare(request)
+        for piece in (b"role", b"one", b"two"):
+            client.got_some.clear()
+            await stream.write(b"data: " + piece + b"\n\n")
+            await client.got_some.wait()
+        await stream.write_eof()
+        return stream
+
+    upstream.answer, request, client = reply, request_of(b"{}"), Slow()
     await (await proxy.forward(request, b"{}", Done()))(request.scope, client.receive, client.send)
-    assert client.is_complete and all(gap < 150 for gap in upstream.traffic.gaps_ms(0))
+    assert client.is_complete and upstream.traffic.gaps_ms(0) == [0]
 
 
 async def test_stream_is_not_held_back(upstream: Upstream, proxy: EngineProxy) -> None:

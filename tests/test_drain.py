@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors import cell as cell_module
+from actors import draining
 from actors.cell import Cell
 from actors.messages import CellPaths
 from actors.settings import CellSettings, Settings
@@ -25,8 +25,8 @@ class Stopping:
     """A cell that is ready, of which only the order of its end is real."""
 
     def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, drain_timeout_s: float) -> None:
-        monkeypatch.setattr(cell_module, "DRAINED_S", 0.02)
-        monkeypatch.setattr(cell_module, "DRAIN_INTERVAL_S", 0.005)
+        monkeypatch.setattr(draining, "DRAINED_S", 0.02)
+        monkeypatch.setattr(draining, "INTERVAL_S", 0.005)
         self.ended: list[str] = []
         paths = CellPaths(str(home), str(home), str(home / "ledger.sqlite"))
         self.traffic = Traffic.create(paths.traffic)
@@ -78,14 +78,29 @@ async def test_a_request_that_came_before_the_door_knew_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Stopping(tmp_path, monkeypatch, drain_timeout_s=LIMIT_S)
-    monkeypatch.setattr(cell_module, "DRAINED_S", 0.2)
+    monkeypatch.setattr(draining, "DRAINED_S", 3.0)
     stopping = asyncio.create_task(one.cell.stop())
     await asyncio.sleep(0.05)
     one.traffic.enter()
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(3.5)
     assert one.ended == ["saved"]
     one.traffic.leave()
     await asyncio.wait_for(stopping, LIMIT_S)
+
+
+async def test_who_asks_for_a_stop_that_goes_on_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Stopping(tmp_path, monkeypatch, drain_timeout_s=LIMIT_S)
+    one.traffic.enter()
+    first = asyncio.create_task(one.cell.stop())
+    await asyncio.sleep(0.05)
+    second = asyncio.create_task(one.cell.stop())
+    await asyncio.sleep(0.05)
+    assert not second.done() and one.ended == ["saved"]
+    one.traffic.leave()
+    assert await first == await second == "generation 1"
+    assert one.ended == ["saved", "engine"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/train", "/checkpoint", "/score"])

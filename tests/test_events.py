@@ -105,7 +105,7 @@ def test_steps_are_told_together_and_none_is_left_out(tmp_path: Path) -> None:
     for number in range(1, 8):
         now[0] += LINE_INTERVAL_S / 2
         log.step(number, 10 + number, 1.0 / number, 0.5, 6)
-    log.end("done", 17, None)
+    log.end("done", 17)
     assert not bound_ids()
     begun, *steps, ended = lines(tmp_path)
     assert (begun["event"], ended["event"], ended["state"]) == ("job_begun", "job_ended", "done")

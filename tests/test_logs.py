@@ -124,6 +124,7 @@ async def test_what_was_refused_or_only_looked_at_is_no_line_of_info(
     async with client() as http:
         assert (await http.post("/train", json=train_body())).status_code == 401
         assert (await http.get("/nowhere")).status_code == 404
+        assert (await http.head("/openapi.json")).status_code == 200
     async with client(key) as http:
         assert (await http.get("/status")).status_code == 200
     assert written.getvalue() == ""

@@ -272,8 +272,9 @@ def until(is_so: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
 def test_a_client_that_goes_frees_its_slot_and_vllm_stops_for_it(
     cell: RunningCell, model: str, is_stream: bool
 ) -> None:
-    """1900 tokens take two minutes: they would still be written at the end of the wait here."""
-    client = OpenAI(base_url=f"{cell.base}/v1", api_key="none", max_retries=0, timeout=4)
+    """1900 tokens take two minutes here: vLLM stops long before the last of them."""
+    limit_s = 60 if is_stream else 4
+    client = OpenAI(base_url=f"{cell.base}/v1", api_key="none", max_retries=0, timeout=limit_s)
     given: Any = {"model": model, "prompt": "Once", "max_tokens": 1900, "stream": is_stream}
     given["extra_body"] = {"ignore_eos": True}
 
@@ -292,7 +293,7 @@ def test_a_client_that_goes_frees_its_slot_and_vllm_stops_for_it(
         if is_stream:
             stream = client.completions.create(**given)
             next(iter(stream))
-            until(lambda: running() == 1 == inside(), "it was never seen inside")
+            until(lambda: running() >= 1 <= inside(), "it was never seen inside")
             stream.close()
         else:
             with pytest.raises(openai.APITimeoutError):

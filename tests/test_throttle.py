@@ -176,6 +176,18 @@ def test_what_was_seen_without_work_does_not_count() -> None:
     assert throttle.duty == learned
 
 
+def test_no_rest_is_owed_for_what_lies_between_two_steps() -> None:
+    """Sleeping for the duty, waiting for room on the disk, for a teacher, or for a checkpoint."""
+    world = World()
+    throttle = world.throttle(75)
+    throttle.begin()
+    world.pass_time(10, is_work=False)
+    throttle.resume()
+    world.pass_time(WORK_S, is_work=True)
+    rested = throttle.breathe()
+    assert rested == pytest.approx(WORK_S * (1 - throttle.duty) / throttle.duty)
+
+
 def test_until_it_has_seen_enough_it_takes_half_and_rests_are_short() -> None:
     world = World()
     throttle = world.throttle(75)

@@ -348,8 +348,8 @@ class Dreamer:
             await self._end(dream, of, in_words(error))
         finally:
             measured = of.attempts[-1].measured if of.attempts else None
-            facts = {"state": of.state, "reason": of.reason, "kl": measured and measured["kl"]}
-            self._events.note("round_left", round=of.id, **facts)
+            kl = measured and measured["kl"]
+            self._events.note("round_left", round=of.id, state=of.state, kl=kl)
             self._is_stopping, self._running = False, None
             self._round, self._stage = None, None
 

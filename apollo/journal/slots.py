@@ -49,7 +49,10 @@ class Slots:
             return None
 
     def require(self, directory: str) -> Manifest:
-        """The manifest of a directory that was found to have one; raises DiskFailed."""
+        """The manifest of a directory that was found to have one.
+
+        Raises DiskFailed, FileNotFoundError or ManifestError where it has it no more.
+        """
         path = f"{directory}/{manifest.FILE_NAME}"
         return manifest.decode(self._disk.read(path), path)
 
