@@ -297,7 +297,8 @@ def test_an_experiment_runs_as_a_job_and_leaves_its_results_in_one_folder(
     place = cell.home / "runs" / made["id"]
     assert made["state"] == "done" and made["directory"] == str(place)
     assert set(made["results"]) == {"ingress_overhead.json"}
-    assert json.loads((place / "ingress_overhead.json").read_text())[0]["streams"] == 1
+    found = json.loads((place / "ingress_overhead.json").read_text())
+    assert found["rows"][0]["streams"] == 1 and found["settings"]["tokens"] == 2
     assert made["settings"]["base"] == cell.base and made["settings"]["tokens"] == "2"
     assert made["versions"]["ray"] == "2.60.0" and made["versions"]["commit"]
     assert "streams" in (place / "log.txt").read_text()
