@@ -85,7 +85,14 @@ def test_no_power_cut_loses_what_was_acknowledged_and_every_fault_is_found(tmp_p
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_stays_mounted_whatever_ends_it(tmp_path: Path, signum: int) -> None:
     command = [*SCRIPT, "--folder", str(tmp_path)]
-    script = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    script = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Whoever tests in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert script.stdout is not None
         limit = time.monotonic() + BEGUN_S

@@ -352,7 +352,7 @@ def test_an_older_ledger_is_rewritten_so_that_no_copies_stay_in_its_pages(path: 
         other.execute("DROP VIEW made")
         for table in ("undone", "returns", "forgotten"):
             other.execute(f"DROP TABLE {table}")
-        for column in ("again_until", "again_as"):
+        for column in ("again_until", "again_as", "trace"):
             other.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
         other.execute("PRAGMA user_version = 5")
         other.commit()

@@ -17,8 +17,8 @@ def test_killed_processes_come_back_and_no_acknowledged_sample_is_lost(
 ) -> None:
     """The script ends with an error if a sample is lost, or trained twice in what survived."""
     table = tmp_path / "kills.json"
-    script = Path(__file__).parents[1] / "experiments" / "kill_nine.py"
-    command = [sys.executable, str(script), "--base", cell.base, "--home", str(cell.home)]
+    command = [sys.executable, "-m", "experiments.kill_nine", "--base", cell.base]
+    command += ["--home", str(cell.home)]
     done = subprocess.run(
         [
             *command,
@@ -29,6 +29,7 @@ def test_killed_processes_come_back_and_no_acknowledged_sample_is_lost(
             "--json",
             str(table),
         ],
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=2000,
