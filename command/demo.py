@@ -28,10 +28,16 @@ MIB: Final = 2**20
 
 
 class Stream:
-    """One long streamed answer, read in the background; the arrival time of each token."""
+    """Long streamed answers, read in the background one after the other until it is stopped.
+
+    A trainer that gives way to them may take longer than one of them.
+    """
 
     def __init__(self, client: OpenAI, model: str) -> None:
         self.times: list[float] = []
+        """When each token came."""
+        self._firsts: set[int] = set()
+        """Which of them are the first of an answer."""
         self.error: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(client, model), daemon=True)
@@ -39,21 +45,30 @@ class Stream:
 
     def _read(self, client: OpenAI, model: str) -> None:
         try:
-            stream = client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": LONG_PROMPT}],
-                stream=True,
-                max_tokens=MAX_STREAM_TOKENS,
-                temperature=0.8,
-                extra_body={"ignore_eos": True},
-            )
-            with stream:
-                for _ in stream:
-                    self.times.append(time.monotonic())
-                    if self._stop.is_set():
-                        return
+            while not self._stop.is_set() and self.error is None:
+                self._firsts.add(len(self.times))
+                self._read_one(client, model)
         except (OpenAIError, httpx.HTTPError) as error:
             self.error = f"{type(error).__name__}: {error}"
+
+    def _read_one(self, client: OpenAI, model: str) -> None:
+        stream = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": LONG_PROMPT}],
+            stream=True,
+            max_tokens=MAX_STREAM_TOKENS,
+            temperature=0.8,
+            extra_body={"ignore_eos": True},
+        )
+        reason = None
+        with stream:
+            for piece in stream:
+                self.times.append(time.monotonic())
+                if self._stop.is_set():
+                    return
+                reason = piece.choices[0].finish_reason if piece.choices else reason
+        if reason is None:
+            self.error = "it ended in the middle of an answer"
 
     def is_running(self) -> bool:
         return self._thread.is_alive()
@@ -65,7 +80,9 @@ class Stream:
     def gaps(self, begin: float, end: float) -> list[float]:
         """Seconds before each token that arrived from `begin` to `end`, since the one before it."""
         return [
-            after - before for before, after in pairwise(list(self.times)) if begin <= after <= end
+            after - before
+            for at, (before, after) in enumerate(pairwise(list(self.times)), start=1)
+            if begin <= after <= end and at not in self._firsts
         ]
 
 
