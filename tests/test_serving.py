@@ -191,6 +191,7 @@ def test_no_request_is_answered_from_another_epochs_prefix_cache(
     assert ask() > 0
 
 
+@pytest.mark.timeout(900)
 def test_the_demo_teaches_the_running_server_and_shows_one_copy(cell: RunningCell) -> None:
     port = cell.base.rsplit(":", 1)[1]
     engine_before = cell.get("/status")["engine"]
@@ -198,7 +199,7 @@ def test_the_demo_teaches_the_running_server_and_shows_one_copy(cell: RunningCel
         [sys.executable, "-m", "command", "demo", "--port", port],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert f"after    {ANSWER}" in shown.stdout
