@@ -64,7 +64,10 @@ def numbers(run: Run, home: Path) -> dict[str, Any]:
             value = [json.loads(line) for line in lines if line.strip()]
         except (ValueError, OSError):
             continue
-        for at, number in _leaves(value if path.suffix == ".jsonl" else value[0], name):
+        made = value if path.suffix == ".jsonl" else value[0]
+        if isinstance(made, dict):  # The frame of an experiment says its settings there, too.
+            made = {key: part for key, part in made.items() if key not in ("settings", "machine")}
+        for at, number in _leaves(made, name):
             if len(found) < MAX_NUMBERS:
                 found[at] = number
     return found
