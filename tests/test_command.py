@@ -26,7 +26,7 @@ from command.flow import Flow, printable
 from command.jobs import curve
 from command.record import CellRecord
 from command.run_folder import Run
-from command.run_report import page
+from command.run_report import numbers, page
 from command.runs import state_of
 from command.version_matrix import MATRIX
 from tests.conftest import free_port
@@ -414,6 +414,14 @@ def test_runs_are_compared_on_one_page_that_runs_nothing(tmp_path: Path) -> None
     assert shown.count("data:image/png") == 2
     assert made[0].results(tmp_path) == {"hogwild.json": 53, "hogwild.png": 10}
     assert made[0].ended(tmp_path)[0] == "done"  # type: ignore[index]
+
+
+def test_what_a_summary_says_of_its_settings_and_machine_is_no_result(tmp_path: Path) -> None:
+    name, place = run_folder.create(tmp_path, "soak")
+    one = Run(name, "soak", {}, "x", "http://127.0.0.1:1", 0.0)
+    summary = {"settings": {"rounds": 3}, "machine": {"cores": 2}, "seconds": 7.5, "lost": 0}
+    (place / "soak.json").write_text(json.dumps(summary))
+    assert numbers(one, tmp_path) == {"soak.json seconds": 7.5, "soak.json lost": 0}
 
 
 def test_a_run_whose_ray_is_gone_is_lost_unless_it_could_say_how_it_ended(tmp_path: Path) -> None:
