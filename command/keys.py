@@ -13,6 +13,12 @@ keys = typer.Typer(no_args_is_help=True, help="API keys; needed to serve on a pu
 
 
 Limit = Annotated[int | None, typer.Option(help="Most of them; without limit if left out.")]
+KeyId = Annotated[str, typer.Argument(help="An id of 'reverie keys list'.")]
+
+
+def unknown(key_id: str) -> SettingsError:
+    error = SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'")
+    return error.about("key_id")
 
 
 @keys.command("add")
@@ -65,7 +71,7 @@ def list_(is_json: Json = False) -> None:
 
 @keys.command("rotate")
 def rotate(
-    key_id: Annotated[str, typer.Argument(help="An id of 'reverie keys list'.")],
+    key_id: KeyId,
     overlap_hours: Annotated[
         float, typer.Option(help="So long the old key is taken, too; 0 ends it at once.")
     ] = 24,
@@ -77,15 +83,39 @@ def rotate(
     output = Output(is_json)
     made = KeyStore(default_home()).rotate(key_id, overlap_hours * 3600)
     if made is None:
-        raise SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'").about(
-            "key_id"
-        )
+        raise unknown(key_id)
     output.show({"key": made, "id": key_id, "overlap_hours": overlap_hours}, made)
+
+
+@keys.command("limit")
+def limit(
+    key_id: KeyId,
+    requests_per_minute: Limit = None,
+    ongoing: Limit = None,
+    tokens_per_day: Limit = None,
+    samples_per_day: Limit = None,
+    is_json: Json = False,
+) -> None:
+    """Give a key these quotas instead of those it has; they hold from its next request on."""
+    from door.keys import KeyStore, quotas_from
+
+    output = Output(is_json)
+    quotas = quotas_from(
+        requests_per_minute=requests_per_minute,
+        ongoing=ongoing,
+        tokens_per_day=tokens_per_day,
+        samples_per_day=samples_per_day,
+    )
+    if not KeyStore(default_home()).limit(key_id, quotas):
+        raise unknown(key_id)
+    given = quotas.model_dump(exclude_none=True)
+    limits = ", ".join(f"{name} {num}" for name, num in given.items()) or "no quotas"
+    output.show({"id": key_id, "quotas": given}, f"{key_id}: {limits}")
 
 
 @keys.command("remove")
 def remove(
-    key_id: Annotated[str, typer.Argument(help="An id of 'reverie keys list'.")],
+    key_id: KeyId,
     is_json: Json = False,
 ) -> None:
     """Forget a key; a running server refuses it from its next request on."""
@@ -93,7 +123,5 @@ def remove(
 
     output = Output(is_json)
     if not KeyStore(default_home()).remove(key_id):
-        raise SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'").about(
-            "key_id"
-        )
+        raise unknown(key_id)
     output.show({"id": key_id, "removed": True}, f"{key_id} is removed")

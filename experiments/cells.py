@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import httpx
 
+from actors.home import default_home
 from command import record
 
 BOOT_TIMEOUT_S: Final = 400
@@ -66,15 +67,29 @@ def running_cell(
 @contextlib.contextmanager
 def _its_ray(home: Path, port: int) -> Iterator[None]:
     """`ray.init("auto")` is the cell's Ray, also in a job of another one."""
-    found, before = record.read(home, port), os.environ.get("RAY_ADDRESS")
+    found = record.read(home, port)
     assert found is not None
-    os.environ["RAY_ADDRESS"] = found.ray_address
+    its = {"RAY_ADDRESS": found.ray_address, "RAY_AUTH_MODE": found.auth_mode}
+    before = {name: os.environ.get(name) for name in its}
+    os.environ |= its
     try:
         yield
     finally:
-        del os.environ["RAY_ADDRESS"]
-        if before is not None:
-            os.environ["RAY_ADDRESS"] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def find_ray(port: int) -> None:
+    """Have `ray.init("auto")` join the cell behind a port, as a job of it does by itself.
+
+    To be called before Ray is imported, which reads the environment once.
+    """
+    found = record.read(default_home(), port)
+    if found is not None and found.process() is not None:
+        os.environ.setdefault("RAY_ADDRESS", found.ray_address)
+        os.environ.setdefault("RAY_AUTH_MODE", found.auth_mode)
 
 
 def free_port() -> int:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
-import ray
 import torch
 import transformers
 from torch import Tensor
@@ -124,6 +123,8 @@ async def train(
 
 def trainers_own(reference: Reference) -> tuple[list[Tensor], float]:
     """Log-probabilities and canary drift of a module over the memory of the cell that runs."""
+    import ray  # Only now: it reads the environment once.
+
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=40)
     try:
         cell: Any = ray.get_actor(CELL, NAMESPACE)

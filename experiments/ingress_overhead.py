@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
-import ray
 
 from actors.ending import CELL, NAMESPACE
 from actors.messages import CellReport
 from experiments import frame
+from experiments.cells import find_ray
 
 STREAMS = (1, 8, 32, 128)
 
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each stream")
     parser.add_argument("--json", type=Path, help="write the summary here")
     arguments = frame.begin(parser)
+    find_ray(urlsplit(arguments.base).port or 80)
+    import ray
+
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=40)
     cell: Any = ray.get_actor(CELL, NAMESPACE)
     report: CellReport = ray.get(cell.report.remote(), timeout=30)

@@ -399,6 +399,11 @@ def test_keys_count_from_the_moment_they_are_made(cell: RunningCell) -> None:
         assert status_with(teach, "GET", "/train/jobs") == 200
         assert status_with(None, "GET", "/readyz") == 200
         assert use not in (cell.home / "keys.json").read_text()
+        first = json.loads(reverie("list", "--json"))["data"][0]["id"]
+        assert reverie("limit", first, "--requests-per-minute", "1").endswith("_minute 1\n")
+        assert [status_with(use, "GET", "/v1/models") for _ in range(2)] == [200, 429]
+        assert reverie("limit", first) == f"{first}: no quotas\n"
+        assert status_with(use, "GET", "/v1/models") == 200
     finally:
         for each in json.loads(reverie("list", "--json"))["data"]:
             reverie("remove", each["id"])
