@@ -33,7 +33,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from actors.ending import CELL, NAMESPACE
 from actors.messages import CellReport
 from actors.posted import TrainConfig
 from actors.settings import TrainerSettings
@@ -123,7 +122,9 @@ async def train(
 
 def trainers_own(reference: Reference) -> tuple[list[Tensor], float]:
     """Log-probabilities and canary drift of a module over the memory of the cell that runs."""
-    import ray  # Only now: it reads the environment once.
+    import ray  # Only now, with the address of the cell: it reads the environment once.
+
+    from actors.ending import CELL, NAMESPACE
 
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=40)
     try:

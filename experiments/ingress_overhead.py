@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from actors.ending import CELL, NAMESPACE
 from actors.messages import CellReport
 from experiments import frame
 from experiments.cells import find_ray
@@ -121,6 +120,8 @@ def main() -> None:
     arguments = frame.begin(parser)
     find_ray(urlsplit(arguments.base).port or 80)
     import ray
+
+    from actors.ending import CELL, NAMESPACE
 
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=40)
     cell: Any = ray.get_actor(CELL, NAMESPACE)
