@@ -3,6 +3,7 @@
 Read from Linux's own sums in /proc; the weights, mapped by two processes, are in what is shared.
 """
 
+import ctypes
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -45,3 +46,13 @@ def footprint(pids: Iterable[int]) -> Footprint | None:
             if name in _FIELDS:
                 sums[_FIELDS[name]] += int(rest[0]) * _KIB
     return Footprint(sums["private"], sums["shared"]) if is_any else None
+
+
+def give_back() -> None:
+    """Return to the system what this process has freed; after rare work that takes much.
+
+    glibc keeps it for next time. Blocks for some milliseconds; does nothing with another C library.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -22,6 +22,7 @@ from actors.calls import in_words
 from actors.distribution import NOTHING
 from actors.errors import CheckpointFailed, NotFound, ReverieError, Unavailable
 from actors.events import Events
+from actors.footprint import give_back
 from actors.messages import CellPaths, Checkpoint, CheckpointReport, Hold
 from actors.settings import Settings
 from actors.versions import VersionCounter
@@ -113,6 +114,8 @@ class Keeper:
             made = self._journal.commit(
                 staging.words(), hold.weights_version, optimizer, hold.optimizer_step
             )
+        del staging
+        give_back()
         self._committed_at = time.monotonic()
         self._last = self._tell(made, begun, stall)
         self._note_commit(self._last)
@@ -163,6 +166,7 @@ class Keeper:
         self._published_at = time.monotonic()
         self._events.note("publication", generation=self._public)
         self._thin()
+        give_back()
 
     def _thin(self) -> None:
         """Drop old generations, and those that nobody may return to; another time will do, too."""

@@ -6,7 +6,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from typing import Final
 
-from actors.footprint import footprint
+from actors.footprint import footprint, give_back
 
 MIB: Final = 2**20
 SIZE: Final = 48 * MIB
@@ -47,3 +47,18 @@ def test_own_and_shared_pages_are_told_apart_and_processes_are_added_up() -> Non
         shared.close()
         shared.unlink()
     assert footprint([child.pid]) is None, "it has ended"
+
+
+def own_bytes() -> int:
+    found = footprint([os.getpid()])
+    assert found is not None
+    return found.private_bytes
+
+
+def test_what_was_freed_under_something_kept_is_given_back() -> None:
+    blocks = [bytearray(100_000) for _ in range(1000)]
+    kept = bytearray(100_000)  # Above them: without being asked, glibc returns only what is last.
+    del blocks
+    before = own_bytes()
+    give_back()
+    assert before - own_bytes() > 50_000_000 and len(kept) == 100_000
