@@ -66,7 +66,7 @@ class Checkpointer(Returns):
         When nothing was learned since the last generation, that one is returned. Raises
         CheckpointFailed, with everything that was durable as it was.
         """
-        with self._lock, self._translated():
+        with self._turn():
             made = self._commit()
             if request.publish:
                 self._publish_made(made)
@@ -92,7 +92,7 @@ class Checkpointer(Returns):
         """What was learned in a generation; raises NotFound for one that is not kept."""
         from apollo.journal.drift import changes
 
-        with self._lock, self._translated():
+        with self._turn():
             found = self._find(generation)
             parent = None if found.parent is None else self._journal.find(found.parent)
             version = found.weights_version
@@ -111,7 +111,7 @@ class Checkpointer(Returns):
         """Read all that is kept and compare every hash; takes the time of reading it."""
         from apollo.journal.scrub import scrub
 
-        with self._lock, self._translated():
+        with self._turn():
             found = scrub(self._journal)
         copies = tuple(f"{each.directory}: {each.tensor}" for each in found.copies)
         return Verification(found.files, copies, found.lost, found.bytes_read)
@@ -139,7 +139,7 @@ class Checkpointer(Returns):
         is_due = is_new and now - self._committed_at >= journal.commit_every_s
         if (is_due or self._paused is not None) and not self._is_on_trial():
             try:
-                with self._lock, self._translated():
+                with self._turn():
                     self._commit()
             except CheckpointFailed as error:
                 self._pause(str(error))
@@ -147,7 +147,7 @@ class Checkpointer(Returns):
             self._pause(None)
         if now - self._published_at >= journal.publish_every_s:
             self._published_at = now  # If it fails, the next try has its time.
-            with self._lock, self._translated():
+            with self._turn():
                 self._publish()
 
     def _is_on_trial(self) -> bool:

@@ -1,6 +1,7 @@
 """How much memory processes have: what is theirs alone, and what they share with others.
 
 Read from Linux's own sums in /proc; the weights, mapped by two processes, are in what is shared.
+Also how a process gives back what it has freed.
 """
 
 import ctypes

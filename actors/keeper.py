@@ -114,8 +114,6 @@ class Keeper:
             made = self._journal.commit(
                 staging.words(), hold.weights_version, optimizer, hold.optimizer_step
             )
-        del staging
-        give_back()
         self._committed_at = time.monotonic()
         self._last = self._tell(made, begun, stall)
         self._note_commit(self._last)
@@ -166,7 +164,6 @@ class Keeper:
         self._published_at = time.monotonic()
         self._events.note("publication", generation=self._public)
         self._thin()
-        give_back()
 
     def _thin(self) -> None:
         """Drop old generations, and those that nobody may return to; another time will do, too."""
@@ -227,6 +224,15 @@ class Keeper:
 
     def _ask(self, call: Any, timeout_s: float = RELEASE_TIMEOUT_S) -> Any:
         return ray.get(call, timeout=timeout_s)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One at a time; what its work has freed is given back, whatever came of it."""
+        with self._lock, self._translated():
+            try:
+                yield
+            finally:
+                give_back()
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

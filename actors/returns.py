@@ -42,7 +42,7 @@ class Returns(Keeper):
         cut short: it is durable then, and the cell restarts with it.
         """
         begun = time.monotonic()
-        with self._lock, self._translated():
+        with self._turn():
             goal = self._find(request.generation)
             if self._ask(self._trainer.holding_forgotten.remote((goal.weights_version,))):
                 raise Conflict(
@@ -65,7 +65,7 @@ class Returns(Keeper):
         Durable when it returns; others may be learning again by then. Raises NotFound for a sample
         that nobody knows, Conflict if nothing from before it is kept, else as `roll_back`.
         """
-        with self._lock, self._translated():
+        with self._turn():
             found, hold, made = self._without((request.item,), is_dream=False)
         if made is None:
             return Forgotten(request.item, hold.weights_version)
@@ -85,7 +85,7 @@ class Returns(Keeper):
     @ray.method
     def take_back(self, request: TakeBack) -> None:
         """Forget what a dream has taught; a second call changes nothing."""
-        with self._lock, self._translated():
+        with self._turn():
             self._without(request.sample_ids, is_dream=True)
 
     def _without(

@@ -13,10 +13,11 @@ keys = typer.Typer(no_args_is_help=True, help="API keys; needed to serve on a pu
 
 
 Limit = Annotated[int | None, typer.Option(help="Most of them; without limit if left out.")]
+Change = Annotated[int | None, typer.Option(help="Most of them; as it was if left out.")]
 KeyId = Annotated[str, typer.Argument(help="An id of 'reverie keys list'.")]
 
 
-def unknown(key_id: str) -> SettingsError:
+def _no_such_key(key_id: str) -> SettingsError:
     error = SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'")
     return error.about("key_id")
 
@@ -83,34 +84,53 @@ def rotate(
     output = Output(is_json)
     made = KeyStore(default_home()).rotate(key_id, overlap_hours * 3600)
     if made is None:
-        raise unknown(key_id)
+        raise _no_such_key(key_id)
     output.show({"key": made, "id": key_id, "overlap_hours": overlap_hours}, made)
 
 
 @keys.command("limit")
 def limit(
     key_id: KeyId,
-    requests_per_minute: Limit = None,
-    ongoing: Limit = None,
-    tokens_per_day: Limit = None,
-    samples_per_day: Limit = None,
+    requests_per_minute: Change = None,
+    ongoing: Change = None,
+    tokens_per_day: Change = None,
+    samples_per_day: Change = None,
+    unlimited: Annotated[
+        list[str] | None, typer.Option(help="A quota to take away, say tokens_per_day.")
+    ] = None,
     is_json: Json = False,
 ) -> None:
-    """Give a key these quotas instead of those it has; they hold from its next request on."""
-    from door.keys import KeyStore, quotas_from
+    """Change quotas from the next request on; what a day's quota counts, it counts from then."""
+    from door.keys import KeyStore, Quotas
 
     output = Output(is_json)
-    quotas = quotas_from(
-        requests_per_minute=requests_per_minute,
-        ongoing=ongoing,
-        tokens_per_day=tokens_per_day,
-        samples_per_day=samples_per_day,
-    )
-    if not KeyStore(default_home()).limit(key_id, quotas):
-        raise unknown(key_id)
-    given = quotas.model_dump(exclude_none=True)
-    limits = ", ".join(f"{name} {num}" for name, num in given.items()) or "no quotas"
-    output.show({"id": key_id, "quotas": given}, f"{key_id}: {limits}")
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "ongoing": ongoing,
+        "tokens_per_day": tokens_per_day,
+        "samples_per_day": samples_per_day,
+    }
+    changes: dict[str, int | None] = {
+        name: most for name, most in given.items() if most is not None
+    }
+    known = ", ".join(Quotas.model_fields)
+    for name in (each.replace("-", "_") for each in unlimited or ()):
+        if name not in Quotas.model_fields or name in changes:
+            raise SettingsError(f"unlimited={name}: choose one of {known}, without a number").about(
+                "unlimited"
+            )
+        changes[name] = None
+    if not changes:
+        raise SettingsError(
+            "nothing to change: name a quota, or one to take away with --unlimited; "
+            "'reverie keys list' shows them"
+        )
+    made = KeyStore(default_home()).limit(key_id, changes)
+    if made is None:
+        raise _no_such_key(key_id)
+    has = made.model_dump(exclude_none=True)
+    limits = ", ".join(f"{name} {num}" for name, num in has.items()) or "no quotas"
+    output.show({"id": key_id, "quotas": has}, f"{key_id}: {limits}")
 
 
 @keys.command("remove")
@@ -123,5 +143,5 @@ def remove(
 
     output = Output(is_json)
     if not KeyStore(default_home()).remove(key_id):
-        raise unknown(key_id)
+        raise _no_such_key(key_id)
     output.show({"id": key_id, "removed": True}, f"{key_id} is removed")

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -154,14 +154,19 @@ class KeyStore:
                 return key
         return None
 
-    def limit(self, key_id: str, quotas: Quotas) -> bool:
-        """Give a key other quotas; False if there is none of that id."""
+    def limit(self, key_id: str, changes: Mapping[str, int | None]) -> Quotas | None:
+        """Change some of a key's quotas, None being without limit; all that it has then.
+
+        None if there is no key of that id. Raises SettingsError for what is no quota.
+        """
         with self._changing():
-            found = [record for record in self.records() if record["id"] == key_id]
-            made = [r | {"quotas": quotas.model_dump(exclude_none=True)} for r in found]
-            if found:
-                self._write([made[0] if r["id"] == key_id else r for r in self.records()])
-        return bool(found)
+            for record in self.records():
+                if record["id"] == key_id:
+                    quotas = quotas_from(**(record.get("quotas", {}) | dict(changes)))
+                    made = record | {"quotas": quotas.model_dump(exclude_none=True)}
+                    self._write([made if r["id"] == key_id else r for r in self.records()])
+                    return quotas
+        return None
 
     def remove(self, key_id: str) -> bool:
         """Forget a key; False if there is none of that id."""

@@ -63,12 +63,7 @@ class Load:
             try:
                 with client.stream("POST", url, json=body) as answer:
                     whole = b"".join(answer.iter_bytes())
-                is_whole = answer.status_code == 200 and b"[DONE]" in whole
-                cut = "" if is_whole or answer.status_code != 200 else " cut short"
-                ours = "" if answer.status_code in (200, 503) else f" {whole[:40]!r}"
-                self.answers[f"{answer.status_code}{cut}{ours}"] += 1
-                if answer.status_code == 503 and not answer.headers.get("retry-after"):
-                    self.answers["503 without Retry-After"] += 1
+                self.answers[outcome(answer, whole)] += 1
             except httpx.HTTPError as error:
                 self.answers[type(error).__name__] += 1
             self._stop.wait(0.05)
@@ -82,13 +77,29 @@ class Load:
             body = {"samples": [sample], "config": {"learning_rate": 1e-6}}
             try:
                 answer = client.post(f"{self.base}/train", json=body)
-                ours = "" if answer.status_code in (202, 503) else f" {answer.content[:40]!r}"
-                self.answers[f"train {answer.status_code}{ours}"] += 1
+                self.answers[f"train {outcome(answer, answer.content)}"] += 1
                 if answer.status_code == 202:
                     self.acknowledged.append(name)
             except httpx.HTTPError as error:
                 self.answers[f"train {type(error).__name__}"] += 1
             self._stop.wait(1.0)
+
+
+def outcome(answer: httpx.Response, body: bytes) -> str:
+    """What became of a request, in a word; a stream is whole if a token ended it, and no error."""
+    status = answer.status_code
+    if status == 503:
+        return "503" if answer.headers.get("retry-after") else "503 without Retry-After"
+    if status not in (200, 202):
+        return f"{status} {body[:40]!r}"
+    if answer.headers.get("content-type", "").startswith("text/event-stream"):
+        events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
+        if any("error" in event for event in events):
+            return f"{status} with an error inside"
+        ends = [choice.get("finish_reason") for e in events for choice in e.get("choices", ())]
+        if b"data: [DONE]" not in body or not any(ends):
+            return f"{status} cut short"
+    return str(status)
 
 
 LOOK = httpx.Client(timeout=20)

@@ -2,14 +2,16 @@
 
     .venv/bin/python -m experiments.newcomer_path --json newcomer.json      # 10 min at most
 
-A fresh clone of what is committed here, an empty REVERIE_HOME, no environment of Python, and no
-cache of packages. Then a real Chromium does what somebody would do, through the page alone. Each
+A fresh clone of what is committed here, an empty home, no environment of Python, and no cache of
+packages. Then a real Chromium does what somebody would do, through the page alone. Each
 step is timed from the beginning; what is asked is checked. Ends with an error where a step fails.
 """
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from playwright.sync_api import expect
 
 from experiments import frame
 from experiments.cells import free_port, is_ready
-from tests.browser import answer, ask, chromium, watched
+from tests.browser import NAMES, answer, ask, chromium, watched
 
 ROOT: Final = Path(__file__).parents[1]
 QUESTION: Final = "What is your name?"
@@ -30,10 +32,18 @@ LEARN_MS: Final = 300_000
 
 
 def environment(place: Path) -> dict[str, str]:
-    """What a new user's shell has."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("REVERIE_")}
-    kept.pop("VIRTUAL_ENV", None)
-    return kept | {"REVERIE_HOME": str(place / "home"), "PIP_NO_CACHE_DIR": "1"}
+    """What a new user's shell has: an empty home, the system's programs, where packages are."""
+    dropped = ("REVERIE_", "RAY_", "PYTHON", "XDG_", "VIRTUAL_ENV", "HOME", "PATH")
+    made = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    own = Path(sys.prefix) / "bin"
+    path = [each for each in os.environ["PATH"].split(os.pathsep) if Path(each) != own]
+    home = place / "home"
+    home.mkdir()
+    made |= {"HOME": str(home), "PATH": os.pathsep.join(path), "PIP_NO_CACHE_DIR": "1"}
+    packages = Path.home() / ".config" / "pip" / "pip.conf"
+    if packages.exists() and "PIP_CONFIG_FILE" not in made:
+        made["PIP_CONFIG_FILE"] = str(packages)
+    return made
 
 
 def wait_until_ready(serve: subprocess.Popen[bytes], base: str, log: Path) -> None:
@@ -84,6 +94,8 @@ def main() -> None:
     parser = frame.parser(__doc__)
     parser.add_argument("--json", type=Path, help="write the summary here")
     options = frame.begin(parser)
+    if not any(map(shutil.which, NAMES)):
+        raise SystemExit("there is no Chromium here; on Debian: apt-get install chromium")
     steps, port = Steps(), free_port()
     base = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="reverie-newcomer-") as made:
@@ -106,7 +118,10 @@ def main() -> None:
         finally:
             if serve.poll() is None:
                 os.killpg(serve.pid, signal.SIGINT)
-            serve.wait(STOP_TIMEOUT_S)
+                try:
+                    serve.wait(STOP_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(serve.pid, signal.SIGKILL)
         steps.did("stopped")
     frame.keep(options.json, options, {"steps": steps.done})
 

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
-from actors import checkpoint
+from actors import checkpoint, keeper
 from actors.checkpoint import Checkpointer
 from actors.errors import CheckpointFailed, NotFound, Unavailable
 from actors.messages import CellPaths, Hold, Return
@@ -110,7 +110,7 @@ def made(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
     monkeypatch.setattr(checkpoint, "KEEPING_INTERVAL_S", 0.01)
     monkeypatch.setattr(checkpoint, "RETRY_S", 0.01)
-    paths = CellPaths(str(home / "models" / NAME), str(home), "")
+    paths = CellPaths(str(home / "models" / NAME), str(home), str(home / "ledger.sqlite"))
     VersionCounter.create(paths.versions)
     trainer: Any = ScriptedTrainer(paths)
     settings = Settings(home=home, journal=JournalSettings(commit_every_s=1, publish_every_s=2))
@@ -151,6 +151,23 @@ def test_what_a_dream_taught_is_not_kept_before_it_has_passed(made: Any) -> None
     made.trainer.on_trial = None
     wait_for(lambda: made.actor._describe().generation == 1)
     assert is_same(newest(made), made.trainer.state)
+
+
+def test_what_the_work_has_freed_is_given_back_whatever_came_of_it(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(keeper, "give_back", lambda: given.append("back"))
+    made.trainer.learn()
+    commit(made)
+    assert given == ["back"]
+    made.trainer.learn()
+    made.trainer.on_trial = "round-1"
+    with pytest.raises(Unavailable):
+        commit(made)
+    made.actor.roll_back(RollbackRequest(generation=0))
+    made.actor.verify()
+    assert given == ["back"] * 4
 
 
 def test_a_return_takes_a_dream_on_trial_with_it(made: Any) -> None:

@@ -449,3 +449,23 @@ def test_down_does_not_wait_for_a_process_that_nobody_reaps(tmp_path: Path) -> N
     finally:
         child.kill()
         child.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nobody", "--ongoing", "1"], "nobody: there is no key of this id"),
+        (["nobody"], "nothing to change"),
+        (
+            ["nobody", "--unlimited", "tokens"],
+            "unlimited=tokens: choose one of requests_per",
+        ),
+        (["nobody", "--ongoing", "1", "--unlimited", "ongoing"], "without a number"),
+    ],
+)
+def test_a_change_of_quotas_that_says_nothing_is_refused(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    done = reverie("keys", "limit", *arguments, REVERIE_HOME=str(tmp_path))
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert not (tmp_path / "keys.json").exists()

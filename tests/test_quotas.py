@@ -106,9 +106,16 @@ def test_a_file_from_before_there_were_quotas_is_read_and_kept_as_it_was(
     stored = json.loads((tmp_path / "keys.json").read_text())
     assert set(stored["keys"][0]) == {"id", "scope", "sha256", "created"}
     assert keys.find(f"Bearer {key}", "use") == stored["keys"][0]
-    assert keys.limit(stored["keys"][0]["id"], Quotas(tokens_per_day=5))
+    key_id = stored["keys"][0]["id"]
+    assert keys.limit(key_id, {"tokens_per_day": 5}) == Quotas(tokens_per_day=5)
     assert keys.records()[0]["quotas"] == {"tokens_per_day": 5}
-    assert not keys.limit("none", Quotas())
+    both = keys.limit(key_id, {"ongoing": 2})
+    assert both == Quotas(tokens_per_day=5, ongoing=2), "what is not named stays"
+    assert keys.limit(key_id, {"tokens_per_day": None}) == Quotas(ongoing=2)
+    with pytest.raises(SettingsError, match="ongoing=0"):
+        keys.limit(key_id, {"ongoing": 0})
+    assert keys.records()[0]["quotas"] == {"ongoing": 2}
+    assert keys.limit("none", {}) is None
 
 
 @pytest.mark.parametrize(

@@ -402,7 +402,8 @@ def test_keys_count_from_the_moment_they_are_made(cell: RunningCell) -> None:
         first = json.loads(reverie("list", "--json"))["data"][0]["id"]
         assert reverie("limit", first, "--requests-per-minute", "1").endswith("_minute 1\n")
         assert [status_with(use, "GET", "/v1/models") for _ in range(2)] == [200, 429]
-        assert reverie("limit", first) == f"{first}: no quotas\n"
+        unlimited = reverie("limit", first, "--unlimited", "requests-per-minute")
+        assert unlimited == f"{first}: no quotas\n"
         assert status_with(use, "GET", "/v1/models") == 200
     finally:
         for each in json.loads(reverie("list", "--json"))["data"]:

@@ -1,8 +1,55 @@
 """What the soak counts: requests outside the restart windows, and memory that grows."""
 
+from typing import Any
+
+import httpx
 import pytest
 
-from experiments.soak import EXPECTED, Answer, Soak, Window, role_of, slopes
+from experiments.kill_nine import outcome
+from experiments.soak import EXPECTED, Answer, Soak, Window, faults, role_of, slopes
+
+TOKEN = b'data: {"choices": [{"delta": {"content": "One"}, "finish_reason": null}]}\n\n'
+LAST = b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\n\n'
+ERROR = b'data: {"error": {"message": "the engine died"}}\n\n'
+DONE = b"data: [DONE]\n\n"
+VERSIONS = b": weights_version first=1 last=2\n\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (TOKEN + LAST + DONE + VERSIONS, "200"),
+        (TOKEN + LAST, "200 cut short"),
+        (TOKEN + DONE, "200 cut short"),
+        (DONE, "200 cut short"),
+        (TOKEN + ERROR + DONE, "200 with an error inside"),
+        (TOKEN + LAST + ERROR + DONE, "200 with an error inside"),
+    ],
+)
+def test_a_stream_is_answered_if_a_token_ended_it_and_no_error(body: bytes, said: str) -> None:
+    answer = httpx.Response(200, headers={"content-type": "text/event-stream; charset=utf-8"})
+    assert outcome(answer, body) == said
+
+
+def test_a_refusal_says_when_to_come_back_and_others_whose_they_are() -> None:
+    assert outcome(httpx.Response(202), b"{}") == "202"
+    assert outcome(httpx.Response(503, headers={"retry-after": "3"}), b"") == "503"
+    assert outcome(httpx.Response(503), b"") == "503 without Retry-After"
+    assert outcome(httpx.Response(500), b"Internal Server Error") == "500 b'Internal Server Error'"
+
+
+def test_a_run_that_killed_nothing_or_asked_too_little_is_not_a_good_one() -> None:
+    outside = dict.fromkeys(EXPECTED, 3)
+    good: dict[str, Any] = {"troubles": [], "windows": [1], "outside_windows": outside}
+    assert faults(good) == []
+    for change, words in (
+        ({"windows": []}, "nothing was killed"),
+        ({"outside_windows": {**outside, "chat 503": 1}}, "'chat 503': 1"),
+        ({"outside_windows": {"chat 200": 9}}, "never seen"),
+        ({"troubles": ["teach: it broke"]}, "it broke"),
+    ):
+        (found,) = faults(good | change)
+        assert words in found
 
 
 def test_only_what_overlaps_no_restart_is_held_against_the_cell() -> None:
