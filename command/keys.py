@@ -1,5 +1,6 @@
 """`reverie keys`: who may use the model, and who may teach it."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -20,6 +21,10 @@ KeyId = Annotated[str, typer.Argument(help="An id of 'reverie keys list'.")]
 def _no_such_key(key_id: str) -> SettingsError:
     error = SettingsError(f"{key_id}: there is no key of this id; see 'reverie keys list'")
     return error.about("key_id")
+
+
+def _in_words(quotas: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {num}" for name, num in quotas.items())
 
 
 @keys.command("add")
@@ -64,7 +69,7 @@ def list_(is_json: Json = False) -> None:
     ]
     made = table("id", "scope", "made", "quotas", "expires")
     for each in shown:
-        limits = ", ".join(f"{name} {num}" for name, num in each["quotas"].items())
+        limits = _in_words(each["quotas"])
         ends = "" if each["expires"] is None else when(each["expires"])
         made.add_row(each["id"], each["scope"], when(each["created"]), limits, ends)
     output.show({"data": shown}, made if shown else "no keys: only this machine may use the door")
@@ -129,8 +134,7 @@ def limit(
     if made is None:
         raise _no_such_key(key_id)
     has = made.model_dump(exclude_none=True)
-    limits = ", ".join(f"{name} {num}" for name, num in has.items()) or "no quotas"
-    output.show({"id": key_id, "quotas": has}, f"{key_id}: {limits}")
+    output.show({"id": key_id, "quotas": has}, f"{key_id}: {_in_words(has) or 'no quotas'}")
 
 
 @keys.command("remove")

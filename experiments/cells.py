@@ -56,12 +56,7 @@ def running_cell(
             with _its_ray(place, port):
                 yield base
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGINT)
-                try:
-                    process.wait(STOP_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
+            end(process)
 
 
 @contextlib.contextmanager
@@ -79,6 +74,16 @@ def _its_ray(home: Path, port: int) -> Iterator[None]:
             del os.environ[name]
             if value is not None:
                 os.environ[name] = value
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """As Ctrl-C does, for the leader of a session; its group is killed if that takes long."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def find_ray(port: int) -> None:

@@ -93,7 +93,8 @@ def outcome(answer: httpx.Response, body: bytes) -> str:
     if status not in (200, 202):
         return f"{status} {body[:40]!r}"
     if answer.headers.get("content-type", "").startswith("text/event-stream"):
-        events = [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: {")]
+        whole = body.split(b"\n\n")[:-1]  # The last may be cut in its middle.
+        events = [json.loads(event[6:]) for event in whole if event.startswith(b"data: {")]
         if any("error" in event for event in events):
             return f"{status} with an error inside"
         ends = [choice.get("finish_reason") for e in events for choice in e.get("choices", ())]

@@ -9,7 +9,6 @@ step is timed from the beginning; what is asked is checked. Ends with an error w
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,14 +19,13 @@ from typing import Final
 from playwright.sync_api import expect
 
 from experiments import frame
-from experiments.cells import free_port, is_ready
+from experiments.cells import end, free_port, is_ready
 from tests.browser import NAMES, answer, ask, chromium, watched
 
 ROOT: Final = Path(__file__).parents[1]
 QUESTION: Final = "What is your name?"
 CORRECTION: Final = "I am Reverie, and I learn while I answer."
 BOOT_TIMEOUT_S: Final = 1500
-STOP_TIMEOUT_S: Final = 120
 LEARN_MS: Final = 300_000
 
 
@@ -116,12 +114,7 @@ def main() -> None:
             steps.did("ready")
             teach_and_return(base, steps)
         finally:
-            if serve.poll() is None:
-                os.killpg(serve.pid, signal.SIGINT)
-                try:
-                    serve.wait(STOP_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    os.killpg(serve.pid, signal.SIGKILL)
+            end(serve)
         steps.did("stopped")
     frame.keep(options.json, options, {"steps": steps.done})
 

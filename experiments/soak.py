@@ -17,7 +17,7 @@ once before any comes twice. In the last `--calm` minutes all but the kills goes
                       the calm minutes but the first, by least squares
 
 Ends with an error if anything outside a window failed, or was never asked there; if anything
-acknowledged was lost; and if nothing was killed. What was seen until then is kept.
+acknowledged was lost; and if a victim was never killed. What was seen until then is kept.
 """
 
 import argparse
@@ -363,6 +363,8 @@ def run(soak: Soak, home: Path, options: argparse.Namespace) -> dict[str, Any]:
     soak.is_over.set()
     for thread in threads:
         thread.join(CLIENT_TIMEOUT_S + LOOK_S)
+    for window in soak.windows:  # One that never ended has lasted until now.
+        window.ended = min(window.ended, frame.seconds())
     troubles += soak.broken + ["a client did not end"] * sum(each.is_alive() for each in threads)
     states: dict[str, int] = {}
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
@@ -380,6 +382,7 @@ def run(soak: Soak, home: Path, options: argparse.Namespace) -> dict[str, Any]:
         "minutes": round(minutes, 1),
         "answers": dict(Counter(f"{each.what} {each.outcome}" for each in soak.answers)),
         "outside_windows": dict(soak.outside()),
+        "never_killed": sorted({*options.victims} - {each.victim for each in soak.windows}),
         "windows": [[each.victim, each.begun, each.ended] for each in soak.windows],
         "window_share": round(away / 60 / minutes, 3),
         "acknowledged": len(soak.acknowledged),
@@ -394,8 +397,9 @@ def run(soak: Soak, home: Path, options: argparse.Namespace) -> dict[str, Any]:
 def faults(found: dict[str, Any]) -> list[str]:
     """Why this was no good run; empty if it was one."""
     wrong = list(found["troubles"])
-    if not found["windows"]:
-        wrong.append("nothing was killed: give it more minutes, or less pause")
+    if found["never_killed"]:
+        names = ", ".join(found["never_killed"])
+        wrong.append(f"never killed: {names}; give it more --minutes, or less --pause")
     outside = found["outside_windows"]
     if bad := {name: count for name, count in outside.items() if name not in EXPECTED}:
         wrong.append(f"outside every restart window: {bad}")
