@@ -15,14 +15,14 @@ PARIS = "Paris is the capital of France."
 def test_the_same_in_nearly_the_same_words() -> None:
     known = ["A boy who makes toys is currently 3 years old.", PARIS]
     found = filters.near_duplicate("A boy who makes toys is currently 29 years old.", known)
-    assert found == f"nearly the same as {known[0]!r}"
-    assert filters.near_duplicate(PARIS, known) == f"nearly the same as {PARIS!r}"
+    assert found == f"nearly the same as another: {known[0]!r}"
+    assert filters.near_duplicate(PARIS, known) == f"nearly the same as another: {PARIS!r}"
     assert filters.near_duplicate("A boy who makes toys is 23.", known) is None
 
 
 def test_an_answer_that_goes_round_in_circles() -> None:
     looped = "Estou de-tempo, " + "a\u00e7u, " * 9 + "a\u00e7"
-    assert "of it comes twice" in (filters.repetition(looped) or "")
+    assert "repeats itself: " in (filters.repetition(looped) or "")
     assert filters.repetition("A bat is a small flying creature that can fly.") is None
 
 
@@ -49,7 +49,7 @@ def test_a_band_of_divergence() -> None:
     assert filters.divergence(-1.3287, -1.8510, 0.05, 3.0) is None
     # "What is magic?" "Banana."
     found = filters.divergence(-0.2010, -5.0908, 0.05, 3.0)
-    assert found == "divergence 4.89 nats per token, at most 3: too far away"
+    assert found == "too far away: divergence 4.89 nats per token, at most 3"
 
 
 @pytest.mark.parametrize(

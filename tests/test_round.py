@@ -218,7 +218,7 @@ def test_an_answer_is_learned_for_one_situation_only_unless_it_is_a_few_words() 
     found = repeats(items)
     assert [each.id for each in found] == ["item-2", "item-4"]
     assert not any(each.is_kept for each in found)
-    assert {each.reason for each in found} == {f"nearly the same as {lyon!r}"}
+    assert {each.reason for each in found} == {f"nearly the same as another: {lyon!r}"}
 
 
 def test_situations_are_invented_until_it_fails_in_enough_of_them(story: Story) -> None:
@@ -241,9 +241,31 @@ def test_nothing_is_learned_where_it_shows_already(story: Story) -> None:
     made = story.run(story.begin())
     assert (made.state, made.counts["kept"]) == ("empty", 0)
     items = [item for item in story.store.items(made.id) if item.kind == "new"]
-    assert {item.reason for item in items} == {"without the instruction: shows it already"}
+    assert {item.reason for item in items} == {"shows without the instruction"}
     assert len(items) == 3 * 6, "no answer with the instruction was asked for"
     assert story.store.behaviour("brief")[1].standing == "resting"
+
+
+@pytest.mark.parametrize("shows_in_invented", [True, False])
+def test_it_rests_where_too_few_held_out_say_so_if_all_that_was_invented_does(
+    story: Story, shows_in_invented: bool
+) -> None:
+    fails_in: list[str] = []
+
+    def says(messages: Sequence[Message], at: int) -> str:
+        asked, is_instructed = messages[-1]["content"], messages[0]["role"] == "system"
+        if asked in library.questions() and fails_in in ([], [asked]):
+            fails_in[:] = [asked]
+        is_long = is_instructed or not shows_in_invented or asked in fails_in
+        return "It is a long story, and I shall begin at its beginning." if is_long else "In short."
+
+    story.model.says = says
+    made = story.run(story.begin())
+    assert made.state == "empty"
+    if shows_in_invented:
+        assert made.success_before == {"brief": 0.75}, "below its target"
+    is_rested = story.store.behaviour("brief")[1].standing == "resting"
+    assert is_rested == shows_in_invented
 
 
 def test_a_behaviour_with_a_trigger_is_tested_on_invented_situations_only(story: Story) -> None:
@@ -260,6 +282,10 @@ def test_every_item_has_its_reason(story: Story) -> None:
     assert len(items) == 6 * (1 + 2)
     assert all(item.is_kept or item.reason for item in items)
     assert any(item.reason == "stronger answers to it are learned" for item in items)
+    kinds = {"stronger answers to it are learned", "without the instruction"}
+    assert {key for key in made.counts if key.startswith("dropped")} == {
+        f"dropped, {kind}" for kind in kinds
+    }, "counted by kind, not by wording"
 
 
 def test_harm_is_taken_back_tried_at_half_the_rate_and_then_stopped(story: Story) -> None:

@@ -1,5 +1,7 @@
 """What is not learned although the judge would take it: each filter says why, or None.
 
+A reason is `kind` or `kind: detail`, so that a round can count them by kind.
+
 Knows texts and numbers, no model.
 """
 
@@ -30,7 +32,7 @@ def near_duplicate(text: str, others: Iterable[str]) -> str | None:
         if _words(text) == _words(other) or (
             pairs and len(pairs & known) / len(pairs | known) > MAX_SHARED
         ):
-            return f"nearly the same as {other!r}"
+            return f"nearly the same as another: {other!r}"
     return None
 
 
@@ -49,7 +51,7 @@ def repetition(text: str) -> str | None:
     """An answer that goes round in circles."""
     share = repeated_share(text)
     if share > MAX_REPEATED:
-        return f"{share:.0%} of it comes twice, at most {MAX_REPEATED:.0%}"
+        return f"repeats itself: {share:.0%} comes twice, at most {MAX_REPEATED:.0%}"
     return None
 
 
@@ -57,9 +59,9 @@ def divergence(shown: float, hidden: float, low: float, high: float) -> str | No
     """An answer that the instruction makes too little likelier, or too much."""
     value = shown - hidden
     if value < low:
-        return f"divergence {value:.2f} nats per token, at least {low:g}: nothing left to learn"
+        return f"nothing left to learn: divergence {value:.2f} nats per token, at least {low:g}"
     if value > high:
-        return f"divergence {value:.2f} nats per token, at most {high:g}: too far away"
+        return f"too far away: divergence {value:.2f} nats per token, at most {high:g}"
     return None
 
 

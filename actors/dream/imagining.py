@@ -39,6 +39,8 @@ MIN_BATCH: Final = 8
 """Fewer at once leave the engine idle."""
 MIN_WORDS_APART: Final = 4
 """An answer with so many words is learned for one situation only."""
+SHOWS: Final = "shows without the instruction"
+"""Reason not to learn of a situation."""
 NO_MEMORIES: Final = ("I live in a small town.", "I like to learn new things.")
 """What scenarios are made from while there are no memories."""
 
@@ -176,9 +178,8 @@ class Imagination:
         try:
             (plain,) = await self.model.answer(asks, max_tokens=most)
             verdict = await self._judge(text, plain.text)
-            shows = "shows it already" if verdict is None else f"does not show it ({verdict})"
-            without = f"without the instruction: {shows}"
-            items = [self._item(of, number, 0, text, plain.text, without)]
+            reason = SHOWS if verdict is None else f"without the instruction: {verdict}"
+            items = [self._item(of, number, 0, text, plain.text, reason)]
             if verdict is None:
                 return items
             found = await self.model.answer(
@@ -204,8 +205,9 @@ class Imagination:
             or filters.leak(answer.text, self.behaviour.instruction, text)
             or filters.repetition(answer.text)
             or filters.near_duplicate(answer.text, before)
-            or await self._judge(text, answer.text)
         )
+        if reason is None and (verdict := await self._judge(text, answer.text)):
+            reason = f"does not show it: {verdict}"
         if reason is not None:
             return replace(made, reason=reason)
         asks: list[Message] = [{"role": "user", "content": text}]

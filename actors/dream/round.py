@@ -334,12 +334,24 @@ class Dream:
                     now = (last.success or {})[each.name]
                     self.store.set_progress(after_test(before, now, of.number))
         elif of.state == "empty" and of.success_before:
-            now = of.success_before[of.behaviour]
-            self.store.set_progress(after_test(progress, now, of.number))
+            self.store.set_progress(after_test(progress, self._shown(of), of.number))
         elif of.state == "taken back":
             self.store.set_progress(replace(progress, standing="stopped", tested_round=of.number))
         of.ended = time.time()
         self.store.save_round(of)
+
+    def _shown(self, of: Round) -> float:
+        """Share of all situations in which it shows by itself, of a round that taught nothing.
+
+        What it has invented was never learned from, so it tests as the held-out situations do;
+        with those few alone, a behaviour just below its target would be dreamt of for ever.
+        """
+        answered = [item for item in self.store.items(of.id) if item.kind == "new" and item.answer]
+        invented = {item.scenario for item in answered}
+        showing = invented - {item.scenario for item in answered if item.is_candidate}
+        held_out = self.settings.held_out
+        shown = of.success_before[of.behaviour] * held_out + len(showing)
+        return shown / (held_out + len(invented))
 
     def _gate(self) -> Gate:
         every = len(library.canaries()) // self.settings.canaries
