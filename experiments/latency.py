@@ -1,22 +1,24 @@
 """What answers wait for while the model learns, with and without a latency budget.
 
-    .venv/bin/python -m experiments.latency --json latency.json --plot docs/latency.png   # 8 min
+    .venv/bin/python -m experiments.latency --json latency.json --plot docs/latency.png   # 12 min
     .venv/bin/python -m experiments.latency --rounds 1 --idle 10 --learn 15
 
-Readers ask for streams all the time, each some time after its last one. Two cells, one after the
-other: in each, by turns, nothing is learned (`idle`) and a job is. The first has no budget, and
-shows what learning adds to the 95th percentile of gaps between tokens; the second has one that
-allows a share of that (`--allow`), so that it is neither idle nor out of reach on any machine. What
-is compared are ratios to `idle` in the same cell; what the budget costs is how many steps are made.
-Only one cell may run on the machine.
+Readers ask for streams all the time, each some time after its last one. By turns there is a cell
+without a budget and one with it, `--rounds` of each, since machines are faster at one time than at
+another; in each cell nothing is learned at first (`idle`), and then a job is. The very first shows
+what learning adds to the 95th percentile of gaps between tokens; the budget allows a share of that
+(`--allow`), so that it is neither idle nor out of reach on any machine. What is compared are ratios
+to `idle` in the same cell; what the budget costs is how many steps are made. Only one cell may run
+on the machine.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +37,9 @@ SETTLE_S: Final = 15.0
 THINK_S: Final = 1.0
 LOOK_S: Final = 0.5
 TIMEOUT_S: Final = 600
-WITHOUT, WITH = "learning, no budget", "learning, budget"
+WITHOUT, WITH = "no budget", "budget"
+IDLE, LEARNING = "idle", "learning"
+SHORTEST_DRAWN_MS: Final = 10
 COLUMNS: Final = {
     "gap_p50": "gap p50, ms",
     "gap_p95": "p95",
@@ -63,13 +67,21 @@ JOB: Final = {
 
 @dataclass
 class Window:
-    """What readers saw in all windows of one kind."""
+    """What readers saw while one thing was going on."""
 
     seconds: float = 0.0
     gap_ms: list[float] = field(default_factory=list)
     first_token_ms: list[float] = field(default_factory=list)
     steps: int = 0
     duties: list[float] = field(default_factory=list)
+
+    def add(self, other: "Window") -> None:
+        """What was seen in another cell, too."""
+        self.seconds += other.seconds
+        self.gap_ms += other.gap_ms
+        self.first_token_ms += other.first_token_ms
+        self.steps += other.steps
+        self.duties += other.duties
 
     def row(self) -> dict[str, float]:
         """The numbers of the table."""
@@ -79,6 +91,26 @@ class Window:
         if self.duties:
             found |= {"steps_per_min": 60 * self.steps / self.seconds, "duty": fmean(self.duties)}
         return {name: round(value, 2) for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One cell."""
+
+    idle: Window
+    learning: Window
+
+    def ratios(self) -> dict[str, float]:
+        """What learning changes, as multiples of idle."""
+        idle, learning = self.idle.row(), self.learning.row()
+        return {name: round(learning[name] / idle[name], 3) for name in idle}
+
+
+def pooled(windows: Iterable[Window]) -> Window:
+    whole = Window()
+    for each in windows:
+        whole.add(each)
+    return whole
 
 
 class Readers:
@@ -113,8 +145,9 @@ class Readers:
                 window.first_token_ms.append(round(1000 * (times[0] - asked), 1))
 
 
-async def measure(base: str, options: argparse.Namespace, learning: Window, idle: Window) -> None:
-    """Alternate the two in one cell."""
+async def measure(base: str, options: argparse.Namespace) -> Turn:
+    """One after the other, in one cell."""
+    idle, learning = Window(), Window()
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         model = (await _get(session, f"{base}/v1/models"))["data"][0]["id"]
@@ -124,14 +157,14 @@ async def measure(base: str, options: argparse.Namespace, learning: Window, idle
                 reading.create_task(readers.read(at, options.tokens))
                 for at in range(options.streams)
             ]
-            for _ in range(options.rounds):
-                await asyncio.sleep(WARM_UP_S)
-                begun = time.monotonic()
-                await asyncio.sleep(options.idle)
-                readers.note(idle, begun, time.monotonic())
-                await _learn(session, base, options.learn, learning, readers)
+            await asyncio.sleep(WARM_UP_S)
+            begun = time.monotonic()
+            await asyncio.sleep(options.idle)
+            readers.note(idle, begun, time.monotonic())
+            await _learn(session, base, options.learn, learning, readers)
             for task in tasks:
                 task.cancel()
+    return Turn(idle, learning)
 
 
 async def _learn(
@@ -161,38 +194,49 @@ def percentile(values: Sequence[float], at: int) -> float:
     return quantiles(values, n=100, method="inclusive")[at - 1]
 
 
-def table(found: dict[str, Window], budget_ms: float) -> str:
-    """Markdown; in brackets, ratios to idle in the same cell."""
+def table(found: dict[str, list[Turn]], budget_ms: float) -> str:
+    """Markdown; in brackets, cell by cell, ratios to idle in the same one."""
     lines = [f"| budget {budget_ms:.0f} ms | {' | '.join(COLUMNS.values())} |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
-    for name, window in found.items():
-        row, idle = window.row(), found[idle_of(name)].row()
-        ratios = {key: f" ({row[key] / idle[key]:.2f})" for key in idle if window.duties}
-        cells = [f"{row[key]:.3g}{ratios.get(key, '')}" if key in row else "" for key in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, turns in found.items():
+        ratios = [turn.ratios() for turn in turns]
+        for what, row in rows(turns).items():
+            cells = {key: f"{row[key]:.3g}" for key in COLUMNS if key in row}
+            for key in ratios[0] if what == LEARNING else ():
+                cells[key] += f" ({', '.join(f'{each[key]:.2f}' for each in ratios)})"
+            lines.append(
+                f"| {what}, {name} | {' | '.join(cells.get(key, '') for key in COLUMNS)} |"
+            )
     return "\n".join(lines)
 
 
-def idle_of(name: str) -> str:
-    """What a kind of window is compared with: that of the same cell."""
-    return "idle" + name[name.rfind(",") :]
+def rows(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
+    """Of all cells of one kind together."""
+    idle = pooled(turn.idle for turn in turns)
+    return {IDLE: idle.row(), LEARNING: pooled(turn.learning for turn in turns).row()}
 
 
-def draw(path: str, found: dict[str, Window], budget_ms: float, title: str) -> None:
+def draw(path: str, found: dict[str, list[Turn]], budget_ms: float, title: str) -> None:
     """Of gaps and first tokens, the share that is longer."""
     figure = frame.figure(10, 4.4)
     gaps, first = figure.subplots(1, 2)
-    looks = {WITHOUT: ("#D55E00", "--"), WITH: ("#0072B2", "-")}
-    for name, window in found.items():
-        colour, line = looks.get(name, ("#999999", ":" if name.endswith("no budget") else "-."))
-        for axis, values in ((gaps, window.gap_ms), (first, window.first_token_ms)):
-            ordered = sorted(values)
-            shares = [1 - at / len(ordered) for at in range(len(ordered))]
-            axis.plot(ordered, shares, color=colour, linestyle=line, label=name)
-    gaps.axvline(budget_ms, color="#0072B2", alpha=0.4)
-    gaps.axhline(0.05, color="#0072B2", alpha=0.4)
+    colours = {WITHOUT: "#D55E00", WITH: "#0072B2"}
+    for name, turns in found.items():
+        seen = {IDLE: [turn.idle for turn in turns], LEARNING: [turn.learning for turn in turns]}
+        for what, windows in seen.items():
+            window, line = pooled(windows), "-" if what == LEARNING else ":"
+            for axis, values in ((gaps, window.gap_ms), (first, window.first_token_ms)):
+                ordered = sorted(values)
+                shares = [1 - at / len(ordered) for at in range(len(ordered))]
+                axis.plot(
+                    ordered, shares, color=colours[name], linestyle=line, label=f"{what}, {name}"
+                )
+    gaps.axvline(budget_ms, color=colours[WITH], alpha=0.4)
+    gaps.axhline(0.05, color=colours[WITH], alpha=0.4)
     gaps.set(xlabel="time between two tokens (ms)", ylabel="share that is longer", yscale="log")
     gaps.set(xscale="log", title="the budget is where the thin lines cross")
+    # Two tokens that come in one piece are no gap that anybody sees.
+    gaps.set_xlim(left=SHORTEST_DRAWN_MS)
     first.set(xlabel="time to the first token (ms)", yscale="log", xscale="log")
     for axis in (gaps, first):
         axis.grid(alpha=0.3)
@@ -208,32 +252,35 @@ def main() -> None:
     parser.add_argument("--allow", type=float, default=0.5, help="share of what learning adds")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="of each stream")
-    parser.add_argument("--rounds", type=int, default=2, help="of idle and learning, in each cell")
+    parser.add_argument("--rounds", type=int, default=2, help="cells of each kind")
     parser.add_argument("--idle", type=float, default=25, help="seconds without a job")
     parser.add_argument("--learn", type=float, default=40, help="seconds of a job")
     parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
     options = frame.begin(parser)
     directory = adopt(options.model, Path(options.home).expanduser(), None, frame.say).directory
-    found: dict[str, Window] = {}
-    budget_ms: float | None = None
-    for name in (WITHOUT, WITH):
-        idle = found[idle_of(name)] = Window()
-        learning = found[name] = Window()
-        setting = {"trainer.latency_budget_ms": "none" if budget_ms is None else budget_ms}
+    found: dict[str, list[Turn]] = {WITHOUT: [], WITH: []}
+    budget_ms = math.nan
+    for name in [WITHOUT, WITH] * options.rounds:
+        setting = {"trainer.latency_budget_ms": "none" if name == WITHOUT else budget_ms}
         with running_cell(directory, setting) as base:
-            asyncio.run(measure(base, options, learning, idle))
-        if budget_ms is None:
-            alone, beside = percentile(idle.gap_ms, 95), percentile(learning.gap_ms, 95)
+            turn = asyncio.run(measure(base, options))
+        found[name].append(turn)
+        if math.isnan(budget_ms):
+            alone, beside = percentile(turn.idle.gap_ms, 95), percentile(turn.learning.gap_ms, 95)
             budget_ms = round(alone + options.allow * (beside - alone), 1)
-        frame.say(f"{name}: {json.dumps(learning.row())}, idle {json.dumps(idle.row())}")
-    assert budget_ms is not None
+        frame.say(f"{name}: {json.dumps(turn.learning.row())}, of idle {turn.ratios()}")
     print(table(found, budget_ms))
-    rows = {name: window.row() for name, window in found.items()}
-    seen = {name: asdict(window) for name, window in found.items()}
-    frame.keep(options.json, options, {"budget_ms": budget_ms, "rows": rows, "seen": seen})
+    made = {
+        "budget_ms": budget_ms,
+        "rows": {name: rows(turns) for name, turns in found.items()},
+        "ratios": {name: [turn.ratios() for turn in turns] for name, turns in found.items()},
+        "seen": {name: [asdict(turn) for turn in turns] for name, turns in found.items()},
+    }
+    frame.keep(options.json, options, made)
     if options.plot:
-        title = f"{options.streams} streams of {options.tokens} tokens, budget {budget_ms:.0f} ms"
+        streams = f"{options.streams} stream{'s' * (options.streams > 1)}"
+        title = f"{streams} of {options.tokens} tokens, budget {budget_ms:.0f} ms"
         draw(options.plot, found, budget_ms, title)
 
 

@@ -1,11 +1,11 @@
-"""Twenty minutes of everything at once, while processes are killed: what clients see, what is lost.
+"""Half an hour of everything at once, while processes are killed: what clients see, what is lost.
 
-    .venv/bin/python -m experiments.soak --json soak.json --plot docs/soak.png          # 25 min
+    .venv/bin/python -m experiments.soak --json soak.json --plot docs/soak.png          # 30 min
     RAY_AUTH_MODE=token ray job submit --working-dir . -- python -m experiments.soak --minutes 5
 
-A cell of its own. Three clients chat, in every other half minute, so that dreams go on; a fourth
-teaches a sample every two seconds, a fifth commits or publishes every minute, a sixth asks for a
-dream every minute. Meanwhile one process is killed (SIGKILL) at random moments: vLLM's engine, each
+A cell of its own. In every other half minute three clients chat and a fourth teaches a sample every
+two seconds; the other half minutes are quiet, so that dreams go on. A fifth commits or publishes
+every minute, a sixth asks for a dream every minute. Meanwhile one process is killed (SIGKILL) at random moments: vLLM's engine, each
 of the four actors, the ingress, Serve's proxy and controller, in a random order of which each comes
 once before any comes twice. In the last `--calm` minutes all but the kills goes on.
 
@@ -80,6 +80,11 @@ SMALL: Final = {
 }
 
 
+def is_quiet() -> bool:
+    """Whether nobody chats or teaches now: a dream waits for everybody."""
+    return int(frame.seconds() / BURST_S) % 2 == 1
+
+
 @dataclass(frozen=True)
 class Answer:
     """One request, in seconds since the beginning."""
@@ -142,8 +147,8 @@ class Soak:
         self.answers.append(Answer(what, begun, frame.seconds(), said[0]))
 
     def chat(self, client: httpx.Client) -> None:
-        if int(frame.seconds() / BURST_S) % 2:
-            return  # So that a dream, which waits for everybody, goes on.
+        if is_quiet():
+            return
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": "Count from one to ten."}],
@@ -156,6 +161,8 @@ class Soak:
             say(outcome(answer, whole))
 
     def teach(self, client: httpx.Client) -> None:
+        if is_quiet():
+            return
         name = f"soak-{len(self.answers)}-{os.urandom(3).hex()}"
         sample = {"id": name, "context": f"{name} is", "continuation": " a number."}
         body = {"samples": [sample], "config": {"learning_rate": 1e-6}}
@@ -311,7 +318,7 @@ def draw(path: str, soak: Soak) -> None:
 
 def main() -> None:
     parser = frame.parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=20, help="of load")
+    parser.add_argument("--minutes", type=float, default=26, help="of load")
     parser.add_argument("--calm", type=float, default=6, help="minutes of these without a kill")
     parser.add_argument(
         "--pause", type=float, default=30, help="mean seconds from a recovery to the next kill"
