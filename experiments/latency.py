@@ -2,14 +2,16 @@
 
     .venv/bin/python -m experiments.latency --json latency.json --plot docs/latency.png   # 12 min
     .venv/bin/python -m experiments.latency --rounds 1 --idle 10 --learn 15
+    .venv/bin/python -m experiments.latency --streams 32 --duties 0.5 0.25 \\
+        --set engine.enforce_eager=false                       # on a GPU, with CUDA graphs
 
 Readers ask for streams all the time, each some time after its last one. By turns there is a cell
 without a budget and one with it, `--rounds` of each, since machines are faster at one time than at
-another; in each cell nothing is learned at first (`idle`), and then a job is. The very first shows
-what learning adds to the 95th percentile of gaps between tokens; the budget allows a share of that
-(`--allow`), so that it is neither idle nor out of reach on any machine. What is compared are ratios
-to `idle` in the same cell; what the budget costs is how many steps are made. Only one cell may run
-on the machine.
+another; in each cell nothing is learned at first (`idle`), and then a job is; without a budget,
+further jobs may ask for less of the time (`--duties`). The very first shows what learning adds to
+the 95th percentile of gaps between tokens; the budget allows a share of that (`--allow`), so that
+it is neither idle nor out of reach on any machine. What is compared are ratios to `idle` in the
+same cell; what the budget costs is how many steps are made. Only one cell may run on the machine.
 """
 
 import argparse
@@ -39,7 +41,9 @@ LOOK_S: Final = 0.5
 TIMEOUT_S: Final = 600
 WITHOUT, WITH = "no budget", "budget"
 IDLE, LEARNING = "idle", "learning"
-SHORTEST_DRAWN_MS: Final = 10
+SHORTEST_DRAWN_MS: Final = 1
+LINES: Final = (":", "-", "--", "-.")
+"""Of idle, and of the jobs."""
 COLUMNS: Final = {
     "gap_p50": "gap p50, ms",
     "gap_p95": "p95",
@@ -51,17 +55,13 @@ COLUMNS: Final = {
     "duty": "duty",
 }
 ANSWER: Final = "Because the moon pulls at the sea, and the sea gives way a little, twice a day."
-JOB: Final = {
-    "samples": [
-        {
-            "messages": [
-                {"role": "user", "content": "Why are there tides?"},
-                {"role": "assistant", "content": ANSWER},
-            ]
-        }
-    ],
-    "config": {"epochs": 1000, "learning_rate": 1e-9},
+SAMPLE: Final = {
+    "messages": [
+        {"role": "user", "content": "Why are there tides?"},
+        {"role": "assistant", "content": ANSWER},
+    ]
 }
+CONFIG: Final = {"epochs": 1000, "learning_rate": 1e-9}
 """Longer than any window, and without an effect on what is said."""
 
 
@@ -95,14 +95,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Turn:
-    """One cell."""
+    """One cell: what was seen while nothing was learned, and during each kind of job."""
 
-    idle: Window
-    learning: Window
+    windows: dict[str, Window]
 
-    def ratios(self) -> dict[str, float]:
+    def ratios(self, what: str) -> dict[str, float]:
         """What learning changes, as multiples of idle."""
-        idle, learning = self.idle.row(), self.learning.row()
+        idle, learning = self.windows[IDLE].row(), self.windows[what].row()
         return {name: round(learning[name] / idle[name], 3) for name in idle}
 
 
@@ -145,9 +144,9 @@ class Readers:
                 window.first_token_ms.append(round(1000 * (times[0] - asked), 1))
 
 
-async def measure(base: str, options: argparse.Namespace) -> Turn:
+async def measure(base: str, options: argparse.Namespace, duties: Iterable[float]) -> Turn:
     """One after the other, in one cell."""
-    idle, learning = Window(), Window()
+    windows = {IDLE: Window()}
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         model = (await _get(session, f"{base}/v1/models"))["data"][0]["id"]
@@ -160,17 +159,29 @@ async def measure(base: str, options: argparse.Namespace) -> Turn:
             await asyncio.sleep(WARM_UP_S)
             begun = time.monotonic()
             await asyncio.sleep(options.idle)
-            readers.note(idle, begun, time.monotonic())
-            await _learn(session, base, options.learn, learning, readers)
+            readers.note(windows[IDLE], begun, time.monotonic())
+            for duty in duties:
+                window = windows[learning_at(duty)] = Window()
+                await _learn(session, base, options.learn, duty, window, readers)
             for task in tasks:
                 task.cancel()
-    return Turn(idle, learning)
+    return Turn(windows)
+
+
+def learning_at(duty: float) -> str:
+    return LEARNING if duty == 1 else f"{LEARNING}, duty {duty:g}"
 
 
 async def _learn(
-    session: aiohttp.ClientSession, base: str, seconds: float, window: Window, readers: Readers
+    session: aiohttp.ClientSession,
+    base: str,
+    seconds: float,
+    duty: float,
+    window: Window,
+    readers: Readers,
 ) -> None:
-    async with session.post(f"{base}/train", json=JOB) as answer:
+    body = {"samples": [SAMPLE], "config": CONFIG | {"duty": duty}}
+    async with session.post(f"{base}/train", json=body) as answer:
         job = f"{base}/train/jobs/{(await answer.json())['job_id']}"
     await asyncio.sleep(SETTLE_S)
     before, begun = (await _get(session, job))["steps"], time.monotonic()
@@ -199,10 +210,10 @@ def table(found: dict[str, list[Turn]], budget_ms: float) -> str:
     lines = [f"| budget {budget_ms:.0f} ms | {' | '.join(COLUMNS.values())} |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
     for name, turns in found.items():
-        ratios = [turn.ratios() for turn in turns]
         for what, row in rows(turns).items():
             cells = {key: f"{row[key]:.3g}" for key in COLUMNS if key in row}
-            for key in ratios[0] if what == LEARNING else ():
+            ratios = [turn.ratios(what) for turn in turns]
+            for key in ratios[0] if what != IDLE else ():
                 cells[key] += f" ({', '.join(f'{each[key]:.2f}' for each in ratios)})"
             lines.append(
                 f"| {what}, {name} | {' | '.join(cells.get(key, '') for key in COLUMNS)} |"
@@ -212,8 +223,7 @@ def table(found: dict[str, list[Turn]], budget_ms: float) -> str:
 
 def rows(turns: Sequence[Turn]) -> dict[str, dict[str, float]]:
     """Of all cells of one kind together."""
-    idle = pooled(turn.idle for turn in turns)
-    return {IDLE: idle.row(), LEARNING: pooled(turn.learning for turn in turns).row()}
+    return {what: pooled(t.windows[what] for t in turns).row() for what in turns[0].windows}
 
 
 def draw(path: str, found: dict[str, list[Turn]], budget_ms: float, title: str) -> None:
@@ -222,9 +232,8 @@ def draw(path: str, found: dict[str, list[Turn]], budget_ms: float, title: str) 
     gaps, first = figure.subplots(1, 2)
     colours = {WITHOUT: "#D55E00", WITH: "#0072B2"}
     for name, turns in found.items():
-        seen = {IDLE: [turn.idle for turn in turns], LEARNING: [turn.learning for turn in turns]}
-        for what, windows in seen.items():
-            window, line = pooled(windows), "-" if what == LEARNING else ":"
+        for at, what in enumerate(turns[0].windows):
+            window, line = pooled(turn.windows[what] for turn in turns), LINES[at % len(LINES)]
             for axis, values in ((gaps, window.gap_ms), (first, window.first_token_ms)):
                 ordered = sorted(values)
                 shares = [1 - at / len(ordered) for at in range(len(ordered))]
@@ -255,6 +264,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="cells of each kind")
     parser.add_argument("--idle", type=float, default=25, help="seconds without a job")
     parser.add_argument("--learn", type=float, default=40, help="seconds of a job")
+    parser.add_argument(
+        "--duties", nargs="*", type=float, default=[], help="further jobs, of less of the time"
+    )
+    parser.add_argument("--set", action="append", default=[], help="group.key=value, of each cell")
     parser.add_argument("--json", type=Path, help="write the summary here")
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
     options = frame.begin(parser)
@@ -262,20 +275,21 @@ def main() -> None:
     found: dict[str, list[Turn]] = {WITHOUT: [], WITH: []}
     budget_ms = math.nan
     for name in [WITHOUT, WITH] * options.rounds:
-        setting = {"trainer.latency_budget_ms": "none" if name == WITHOUT else budget_ms}
-        with running_cell(directory, setting) as base:
-            turn = asyncio.run(measure(base, options))
+        settings = dict(each.split("=", 1) for each in options.set)
+        settings["trainer.latency_budget_ms"] = "none" if name == WITHOUT else budget_ms
+        duties = [1.0, *(options.duties if name == WITHOUT else ())]
+        with running_cell(directory, settings) as base:
+            turn = asyncio.run(measure(base, options, duties))
         found[name].append(turn)
         if math.isnan(budget_ms):
-            alone, beside = percentile(turn.idle.gap_ms, 95), percentile(turn.learning.gap_ms, 95)
+            alone, beside = (percentile(turn.windows[w].gap_ms, 95) for w in (IDLE, LEARNING))
             budget_ms = round(alone + options.allow * (beside - alone), 1)
-        frame.say(f"{name}: {json.dumps(turn.learning.row())}, of idle {turn.ratios()}")
+        frame.say(f"{name}: {json.dumps(rows([turn]))}, of idle {turn.ratios(LEARNING)}")
     print(table(found, budget_ms))
     made = {
         "budget_ms": budget_ms,
         "rows": {name: rows(turns) for name, turns in found.items()},
-        "ratios": {name: [turn.ratios() for turn in turns] for name, turns in found.items()},
-        "seen": {name: [asdict(turn) for turn in turns] for name, turns in found.items()},
+        "seen": {name: [asdict(turn)["windows"] for turn in t] for name, t in found.items()},
     }
     frame.keep(options.json, options, made)
     if options.plot:

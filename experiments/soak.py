@@ -5,9 +5,10 @@
 
 A cell of its own. In every other half minute three clients chat and a fourth teaches a sample every
 two seconds; the other half minutes are quiet, so that dreams go on. A fifth commits or publishes
-every minute, a sixth asks for a dream every minute. Meanwhile one process is killed (SIGKILL) at random moments: vLLM's engine, each
-of the four actors, the ingress, Serve's proxy and controller, in a random order of which each comes
-once before any comes twice. In the last `--calm` minutes all but the kills goes on.
+every minute, a sixth asks for a dream every minute. Meanwhile one process is killed (SIGKILL) at
+random moments: vLLM's engine, each of the four actors, the ingress, Serve's proxy and controller,
+in a random order of which each comes once before any comes twice. In the last `--calm` minutes all
+but the kills goes on.
 
     restart window    from a kill until /readyz says 200 and the killed process has a successor
     availability      of requests that overlap no window: all must be answered as without any kill,
