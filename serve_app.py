@@ -310,7 +310,7 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
         text = self._metrics().text()
         if self._engine is not None:
             with contextlib.suppress(Unavailable):
-                self._ready()
+                self._answering()
                 text += (await self._engine.fetch("/metrics")).decode()
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 

@@ -2,59 +2,55 @@
 
     who            waits for        at boot                 when it dies
     engine         the model        loads, writes layout    the whole cell restarts
-    trainer        layout           attaches, recovers      the whole cell restarts
-    checkpoint     layout, trainer  maps read-only          the whole cell restarts
-    dream          all of them      goes on with its round  the whole cell restarts
+    trainer        layout           attaches, recovers      these three restart, the engine answers
+    checkpoint     layout, trainer  maps read-only          these three
+    dream          all of them      goes on with its round  these three
     this           nobody           holds the locks         Ray restarts it, the cell restarts
 
 The weights live in the engine process's shared memory, half a step may be in them when any process
 dies, and the ledger knows which steps the public directory holds. So there is one recovery for
-everything: end all four, and boot again from the public directory.
+everything: end what is left, mend the journal, and begin again from the public directory, which is
+loaded by a new engine, or written into the memory of one that is well. That one goes on answering
+meanwhile, as it does while any step is written.
 """
 
 import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors import logs, run_dir
 from actors.adopting import adopt_model
 from actors.calls import in_words, within
-from actors.checkpoint import Checkpointer
 from actors.draining import drain
-from actors.dream.actor import Dreamer
-from actors.ending import CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
-from actors.engine import Engine
+from actors.ending import AROUND, CELL, NAMESPACE, ROLES, alive, evict, wait_or_kill
 from actors.errors import BootFailed
 from actors.events import Events
 from actors.footprint import by_role, pids_of
 from actors.messages import CellPaths, CellReport, CellState, Footprint, Stage
+from actors.placing import create_actors, has_gpu, take_place
 from actors.posted import CheckpointRequest
 from actors.settings import Settings
 from actors.traffic import Traffic
-from actors.trainer import Trainer
 from actors.versions import VersionCounter
 from apollo.weights.adopt import model_name
 from apollo.weights.manifest import make_directory
 
-PLACEMENT_TIMEOUT_S: Final = 60
 START_TIMEOUT_S: Final = 60
 ENGINE_STOP_TIMEOUT_S: Final = 20
 ADOPT_TIMEOUT_S: Final = 3600
 RESTART_PAUSE_S: Final = 0.5
 WEIGH_INTERVAL_S: Final = 10.0
 """The kernel walks all pages of a process to add them up: 10 ms and more for 700 MiB."""
-CONTROL_THREADS: Final = 4
-"""Control calls that an actor answers at once, beside its work."""
 ENGINE_STAGES: Final = ("weights", "layout", "engine")
+
 
 T = TypeVar("T")
 
@@ -84,7 +80,8 @@ class Cell:
         self._num_restarts = 0
         self._boot_number = int(time.time())  # Unlike any of an earlier life of this actor.
         self._has_run = False
-        self._children: list[psutil.Process] = []
+        self._children: dict[str, list[psutil.Process]] = {}
+        """By role, all that were ever reported of this boot."""
         self._paths: CellPaths | None = None
         self._actors: dict[str, Any] = {}
         self._reports: dict[str, Any] = {}
@@ -154,7 +151,7 @@ class Cell:
             draining = drain(self._paths.traffic, self._settings.cell.drain_timeout_s)
             note, _ = await asyncio.gather(self._save(), draining)
             await self._ended(self._actors["engine"].stop.remote(), ENGINE_STOP_TIMEOUT_S)
-        await self._tear_down()
+        await self._tear_down(ROLES)
         self._tell("stop", saved=note)
         for lock in self._locks:
             os.close(lock)
@@ -178,22 +175,25 @@ class Cell:
     # Supervision.
 
     async def _supervise(self) -> None:
+        keeps_engine = False
         while True:
             self._boot_number += 1
             try:
-                await self._boot()
+                await (self._boot_around() if keeps_engine else self._boot())
                 self._state, self._reason, self._has_run = "ready", None, True
                 took = sum(stage.seconds for stage in self._stages)
                 self._tell("boot", boot=self._boot_number, seconds=round(took, 1))
                 why = await self._watch()
+                self._state = "recovering"
+                keeps_engine = await self._is_engine_well()
             except asyncio.CancelledError:
                 raise
             except Exception as error:
-                why = in_words(error)
+                why, keeps_engine = in_words(error), False
             why = why.replace(str(self._settings.home), "REVERIE_HOME")
             self._state, self._reason = "recovering", why
-            self._tell("recovery", boot=self._boot_number, reason=why)
-            await self._tear_down()
+            self._tell("recovery", boot=self._boot_number, reason=why, keeps_engine=keeps_engine)
+            await self._tear_down(AROUND if keeps_engine else ROLES)
             if not self._may_restart():
                 self._state = "failed"
                 self._reason = f"{why} (gave up after {len(self._restarts) - 1} restarts)"
@@ -237,6 +237,17 @@ class Cell:
                 return f"{role}: {reason}"
             await asyncio.sleep(cell.check_interval_s)
 
+    async def _is_engine_well(self) -> bool:
+        """Whether what is wrong is around the engine; one that a step has paused must go, too."""
+        if self._settings.trainer.pause_engine:
+            return False
+        try:
+            asked = self._actors["engine"].report.remote()
+            report = await within(asked, self._settings.cell.hang_timeout_s)
+        except Exception:
+            return False
+        return report.reason is None
+
     async def _weigh(self) -> None:
         """Look at the memory of all roles, now and then."""
         while True:
@@ -249,9 +260,17 @@ class Cell:
         self._reports[role] = report
         pids = pids_of(report)
         if known is None or pids != pids_of(known):
-            self._children += alive(pids)
+            self._children.setdefault(role, []).extend(alive(pids))
 
     # Boot, in order.
+
+    async def _boot_around(self) -> None:
+        """All but the engine, whose memory gets the weights that are durable, in place."""
+        assert self._paths is not None and self._group is not None
+        self._stages = []
+        await self._stage("model", self._adopt())
+        self._actors |= create_actors(AROUND, self._settings, self._paths, self._group)
+        await self._attach(has_stale_weights=True)
 
     async def _boot(self) -> None:
         self._stages = []
@@ -268,10 +287,14 @@ class Cell:
         )
         VersionCounter.create(self._paths.versions)
         Traffic.create(self._paths.traffic)
-        self._group = await self._place()
-        self._create_actors(self._paths)
+        self._group = await take_place(self._settings)
+        self._actors = create_actors(ROLES, self._settings, self._paths, self._group)
         self._note("engine", await self._start_engine(self._paths))
-        attaching = self._start("trainer", self._settings.trainer.attach_timeout_s)
+        await self._attach(has_stale_weights=False)
+
+    async def _attach(self, *, has_stale_weights: bool) -> None:
+        limit = self._settings.trainer.attach_timeout_s
+        attaching = self._start("trainer", limit, has_stale_weights)
         self._note("trainer", await self._stage("trainer", attaching))
         self._note("checkpoint", await self._start("checkpoint", START_TIMEOUT_S))
         self._note("dream", await self._start("dream", START_TIMEOUT_S))
@@ -291,53 +314,13 @@ class Cell:
         settings = self._settings
         dtype = settings.dtype
         if dtype == "auto":
-            dtype = "bfloat16" if self._has_gpu() else "float32"
+            dtype = "bfloat16" if has_gpu(self._settings) else "float32"
         threads = settings.journal.threads
         adopting = adopt_model.remote(settings.model, settings.home, dtype, threads)
         return await within(adopting, ADOPT_TIMEOUT_S)
 
-    def _has_gpu(self) -> bool:
-        device = self._settings.device
-        return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
-
-    async def _place(self) -> PlacementGroup:
-        bundle = {"CPU": 1.0, **({"GPU": 1.0} if self._has_gpu() else {})}
-        group: PlacementGroup = placement_group([bundle], strategy="STRICT_PACK", name=CELL)
-        try:
-            await within(group.ready(), PLACEMENT_TIMEOUT_S)
-        except TimeoutError:
-            remove_placement_group(group)
-            raise BootFailed(
-                f"Ray has no free {bundle} for the cell; stop what else runs on this cluster"
-            ) from None
-        return group
-
-    def _create_actors(self, paths: CellPaths) -> None:
-        assert self._group is not None
-        shared: dict[str, Any] = {
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "num_cpus": 0.25,
-            "num_gpus": 0.25 if self._has_gpu() else 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, 0),
-        }
-        remote: Any = ray.remote  # Its stubs do not know this argument.
-        with_control = remote(concurrency_groups={"control": CONTROL_THREADS, "report": 1})
-        both = (self._settings, paths)
-        trainer = with_control(Trainer).options(name="trainer", **shared).remote(*both)
-        keeper = with_control(Checkpointer).options(name="checkpoint", **shared)
-        checkpoint = keeper.remote(*both, trainer)
-        self._actors = {
-            "engine": ray.remote(Engine).options(name="engine", **shared).remote(*both),
-            "trainer": trainer,
-            "checkpoint": checkpoint,
-            "dream": ray.remote(Dreamer)
-            .options(name="dream", **shared)
-            .remote(*both, trainer, checkpoint),
-        }
-
-    async def _start(self, role: str, timeout_s: float) -> Any:
-        return await within(self._actors[role].start.remote(), timeout_s)
+    async def _start(self, role: str, timeout_s: float, *arguments: Any) -> Any:
+        return await within(self._actors[role].start.remote(*arguments), timeout_s)
 
     async def _start_engine(self, paths: CellPaths) -> Any:
         """Start vLLM; its loader appends a line to the progress file as it enters a stage."""
@@ -371,12 +354,18 @@ class Cell:
 
     # Shutdown, in any state.
 
-    async def _tear_down(self) -> None:
-        """End the four actors and vLLM's processes, by id, and free the shared memory."""
-        for actor in self._actors.values():
-            ray.kill(actor, no_restart=True)
-        await asyncio.to_thread(wait_or_kill, self._children)
-        self._actors, self._reports, self._children, self._memory = {}, {}, [], {}
+    async def _tear_down(self, roles: Sequence[str]) -> None:
+        """End these actors and vLLM's processes with its own, by id; with all, free the memory."""
+        for role in roles:
+            if role in self._actors:
+                ray.kill(self._actors[role], no_restart=True)
+        children = [each for role in roles for each in self._children.get(role, ())]
+        await asyncio.to_thread(wait_or_kill, children)
+        for known in (self._actors, self._reports, self._children, self._memory):
+            for role in roles:
+                known.pop(role, None)
+        if "engine" not in roles:
+            return
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None

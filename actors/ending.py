@@ -20,6 +20,8 @@ NAMESPACE: Final = "reverie"
 CELL: Final = "cell"
 ROLES: Final = ("engine", "trainer", "checkpoint", "dream")
 """Names under which the actors are found."""
+AROUND: Final = ROLES[1:]
+"""Those whose end the engine survives."""
 CHILD_EXIT_TIMEOUT_S: Final = 15
 EVICT_TIMEOUT_S: Final = 20
 REPORT_TIMEOUT_S: Final = 2

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.ledger import Ledger
+from actors.messages import CellPaths
+from actors.versions import VersionCounter
 
 if TYPE_CHECKING:
     from apollo.journal.chain import Generation
@@ -16,6 +18,36 @@ if TYPE_CHECKING:
     from apollo.optim.optimizer import Apollo
 
 log = logging.getLogger(__name__)
+
+
+def begin_from_public(
+    home: Path,
+    paths: CellPaths,
+    optimizer: "Apollo",
+    ledger: Ledger,
+    versions: VersionCounter,
+    has_stale_weights: bool,
+) -> None:
+    """Have ledger, optimizer, versions and live weights all be of the public directory.
+
+    Weights that were just loaded from it are; stale ones are overwritten, while the engine reads.
+    """
+    from apollo.journal.live import restore
+    from apollo.weights import manifest
+
+    directory = Path(paths.model_dir)
+    public = manifest.require(directory)
+    if public.generation == 0:
+        ledger.claim(public.created)
+    recall(home, directory.name, optimizer, ledger)
+    version = ledger.recover(public.weights_version)
+    if has_stale_weights:
+        versions.end_broken_step()
+        versions.begin_writing()
+        restore(Path(paths.layout), directory)
+    versions.weights_version = version
+    if has_stale_weights:
+        versions.next_epoch()
 
 
 def recall(home: Path, model: str, optimizer: "Apollo", ledger: Ledger) -> None:

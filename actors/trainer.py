@@ -37,7 +37,7 @@ from actors.messages import (
 )
 from actors.pausing import paused_engine
 from actors.progress import Progress
-from actors.recall import recall, write_optimizer
+from actors.recall import begin_from_public, recall, write_optimizer
 from actors.settings import Settings
 from actors.teacher import ask_teacher
 from actors.throttle import Throttle
@@ -102,12 +102,15 @@ class Trainer(Desk):
         return f"trainer of {self._paths.model}"
 
     @ray.method
-    def start(self) -> TrainerReport:
-        """Attach to the live weights, reconcile the ledger with them, and begin to train."""
+    def start(self, has_stale_weights: bool = False) -> TrainerReport:
+        """Attach to the live weights, reconcile the ledger with them, and begin to train.
+
+        Weights that an earlier trainer of the same engine may have left in the middle of a step are
+        stale: they become the public ones first, in place, while the engine reads.
+        """
         from transformers import AutoTokenizer
 
         from apollo.learning.step import Learner
-        from apollo.weights import manifest
         from apollo.weights.attach import attach
         from apollo.weights.layout import WeightLayout
 
@@ -138,12 +141,15 @@ class Trainer(Desk):
             check_size=size_check(self._learner.estimate, trainer),
             max_len=min(max_len, getattr(module.config, "max_position_embeddings", max_len)),
         )
-        self._ledger = Ledger(Path(self._paths.ledger))
-        public = manifest.require(model_dir)
-        if public.generation == 0:
-            self._ledger.claim(public.created)
-        recall(self._settings.home, model_dir.name, self._learner.optimizer, self._ledger)
-        self._versions.weights_version = self._ledger.recover(public.weights_version)
+        self._ledger, optimizer = Ledger(Path(self._paths.ledger)), self._learner.optimizer
+        begin_from_public(
+            self._settings.home,
+            self._paths,
+            optimizer,
+            self._ledger,
+            self._versions,
+            has_stale_weights,
+        )
         self._thread.start()
         return self._describe()
 

@@ -79,6 +79,10 @@ class VersionCounter:
         finally:
             self._write(_STEPS_AT, self.half_steps + 1)
 
+    def end_broken_step(self) -> None:
+        """Say that no step is computed any more: whoever was at one has died."""
+        self._write(_STEPS_AT, self.half_steps + self.half_steps % 2)
+
     @property
     def epoch(self) -> int:
         return self._read(_EPOCH_AT)

@@ -24,7 +24,7 @@ from actors.cell import connect
 from actors.dream.exchange import Exchange
 from actors.ending import NAMESPACE
 from actors.errors import NotPermitted, ReverieError, Unavailable
-from actors.messages import CellReport
+from actors.messages import CellPaths, CellReport, CellState
 from actors.settings import Settings
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
@@ -79,7 +79,8 @@ class Door:
         self._feed = Feed()
         self._cell = connect(settings)
         self._report: CellReport | None = None
-        self._boot: int | None = None
+        self._paths: CellPaths | None = None
+        """Of the engine that `_engine` asks; unlike those of any other."""
         self._engine: EngineProxy | None = None
         self._versions: VersionCounter | None = None
         self._traffic: Traffic | None = None
@@ -110,7 +111,7 @@ class Door:
         return status_as_json(self._report, self._versions, self._slots.taken, self._log)
 
     async def _adopt_boot(self, report: CellReport | None) -> None:
-        if report is None or report.state != "ready" or report.boot == self._boot:
+        if report is None or report.state != "ready" or report.paths == self._paths:
             return
         assert report.paths is not None
         if self._engine is not None:
@@ -120,14 +121,22 @@ class Door:
         timeout_s = self._settings.limits.request_timeout_s
         watched = (self._versions, self._traffic, self._latencies)
         self._engine = EngineProxy(report.paths.socket, timeout_s, *watched)
-        self._boot = report.boot
+        self._paths = report.paths
 
     def _ready(self) -> CellReport:
-        """The report of a cell that can answer; raises Unavailable with the reason otherwise."""
+        """The report of a cell that answers and learns; else raises Unavailable with the reason."""
+        return self._in_state(("ready",))
+
+    def _answering(self) -> CellReport:
+        """The same of a cell whose engine answers, though what is around it may be starting."""
+        report = self._in_state(("ready", "recovering"))
+        return report if report.engine is not None else self._ready()
+
+    def _in_state(self, states: tuple[CellState, ...]) -> CellReport:
         report = self._report
         if report is None:
             raise Unavailable("the cell does not answer; it restarts by itself, try again")
-        if report.state != "ready" or report.boot != self._boot:
+        if report.state not in states or report.paths != self._paths:
             stage = next((s.name for s in reversed(report.stages) if not s.is_done), report.state)
             raise Unavailable(f"the cell is {report.state} ({report.reason or stage}); try again")
         return report
@@ -201,7 +210,7 @@ class Door:
         try:
             body = await self._read(request)
             hearing = self._log.hear(request, body, self._may_teach)
-            self._ready()
+            self._answering()
             assert self._engine is not None and self._traffic is not None
             leave = self._enter(self._traffic)
             tally = self._meter.tally(request.scope[KEY], body)

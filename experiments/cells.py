@@ -15,10 +15,21 @@ from typing import Any, Final
 import httpx
 
 from actors.home import default_home
+from apollo.weights import manifest
 from command import record
 
 BOOT_TIMEOUT_S: Final = 400
 STOP_TIMEOUT_S: Final = 120
+
+
+def require_untaught(model: str) -> None:
+    """Raises SystemExit for the directory of a model that a cell has taught: it is no base."""
+    found = manifest.read(Path(model)) if Path(model).is_dir() else None
+    if found is not None and found.generation:
+        raise SystemExit(
+            f"--model {model}: generation {found.generation} of what a cell has taught it; give "
+            "the base, in a directory that no cell serves from"
+        )
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ from actors.dream.filters import near_duplicate
 from actors.settings import DEFAULT_MODEL
 from apollo.weights.adopt import adopt
 from experiments import frame
-from experiments.cells import running_cell
+from experiments.cells import require_untaught, running_cell
 from experiments.internalise_report import draw, stages, table
 
 MAX_ROUNDS: Final = 3
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--plot", help="write the picture to this file (needs matplotlib)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after them")
     options = frame.begin(parser)
+    require_untaught(options.model)
 
     known = [each.prompt for each in library.canaries()]
     known += [each.prompt for each in library.pushback()]

@@ -309,7 +309,7 @@ class FakeDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         run.mkdir(parents=True)
         self._paths = CellPaths(str(home / "models" / "made-up"), str(run), str(home / "ledger"))
         self._versions = VersionCounter.create(self._paths.versions)
-        self._engine, self._boot = None, 1
+        self._engine = None
         self._report: CellReport | None = cell.report(self._paths)
         self._following = asyncio.get_running_loop().create_task(self._follow())
 

@@ -218,7 +218,6 @@ class OpenDoor(serve_app.Ingress.func_or_class.__mro__[1]):  # type: ignore[name
         self._desk = OpenDesk(settings, self.ledger, self._versions, events)
         self.journal = MadeUpJournal(self._desk)
         self.dreamer: Any = OpenDreamer(settings, paths, DirectCell(self._desk, self.journal))
-        self._boot = 1
         timeout_s = settings.limits.request_timeout_s
         watched = (self._versions, self._traffic, self._latencies)
         self._engine = EngineProxy(paths.socket, timeout_s, *watched)

@@ -23,7 +23,7 @@ from actors.ledger import Ledger
 from actors.messages import CellPaths, Checkpoint, TrainingSample
 from actors.past import Forgotten
 from actors.posted import CheckpointRequest, ForgetRequest, TrainConfig
-from actors.recall import recall
+from actors.recall import begin_from_public
 from actors.settings import JournalSettings, Settings, TrainerSettings
 from actors.traffic import Traffic
 from actors.trainer import Trainer
@@ -33,6 +33,7 @@ from apollo.journal.recovery import open_journal
 from apollo.learning.step import Learner
 from apollo.weights import manifest
 from apollo.weights.attach import attach
+from apollo.weights.layout import WeightLayout
 from apollo.weights.manifest import Manifest
 from apollo.weights.memory import Mapping
 from tests.test_attach import recorded, saved_llama
@@ -124,8 +125,12 @@ class SmallCell:
 
 @contextmanager
 def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
-    """Boot over what is on disk in `home`; `run` is a new directory, as the shared memory is."""
-    run.mkdir()
+    """Boot over what is on disk in `home`; `run` is a new directory, as the shared memory is.
+
+    If it is that of an earlier boot, only what is around the engine boots again.
+    """
+    has_stale_weights = run.exists()
+    run.mkdir(exist_ok=True)
     settings = Settings(
         home=home,
         trainer=TrainerSettings(nice=0, rank=4, update_proj_gap=3, duty=1.0, **trainer),
@@ -134,10 +139,11 @@ def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
     open_journal(RealDisk(home), NAME)
     model_dir = home / "models" / NAME
     paths = CellPaths(str(model_dir), str(run), str(home / "state" / NAME / "ledger.sqlite"))
-    layout = recorded(model_dir, Path(paths.weights))
-    layout.save(Path(paths.layout))
-    VersionCounter.create(paths.versions)
-    Traffic.create(paths.traffic)
+    if not has_stale_weights:
+        recorded(model_dir, Path(paths.weights)).save(Path(paths.layout))
+        VersionCounter.create(paths.versions)
+        Traffic.create(paths.traffic)
+    layout = WeightLayout.load(Path(paths.layout))
     made: Any = Trainer(settings, paths)
     made._learner = Learner(
         attach(layout, model_dir),
@@ -147,9 +153,8 @@ def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
         breathe=made._throttle.breathe,
     )
     made._ledger = Ledger(paths.ledger)
-    recall(home, NAME, made._learner.optimizer, made._ledger)
-    public = manifest.require(model_dir)
-    made._versions.weights_version = made._ledger.recover(public.weights_version)
+    found = made._learner.optimizer, made._ledger, made._versions
+    begin_from_public(home, paths, *found, has_stale_weights)
     checkpoint: Any = Checkpointer(settings, paths, Direct(made))  # type: ignore[arg-type]
     checkpoint._tensors = Mapping(layout, is_writable=False).tensors()
     checkpoint._journal = open_journal(RealDisk(home), NAME).journal

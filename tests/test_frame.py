@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from apollo.weights import manifest
 from command import experiments
 from experiments import frame
+from experiments.cells import require_untaught
 
 SCRIPTS = [Path(frame.__file__).with_name(f"{name}.py") for name in experiments.names()]
 
@@ -58,3 +60,15 @@ def test_a_picture_needs_no_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made.subplots().plot([1, 2, 3])
     frame.draw_to(tmp_path / "some.png", made)
     assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_a_cell_has_taught_is_no_base(tmp_path: Path) -> None:
+    for generation in (0, 3):
+        made = manifest.Manifest("tiny", "float32", {}, generation=generation)
+        manifest.write(tmp_path, made)
+        if generation:
+            with pytest.raises(SystemExit, match="generation 3 of what a cell has taught it"):
+                require_untaught(str(tmp_path))
+        else:
+            require_untaught(str(tmp_path))
+    require_untaught("smollm2-135m")

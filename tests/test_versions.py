@@ -44,6 +44,17 @@ def test_version_in_the_making_is_named_as_long_as_it_is_written(path: str) -> N
     assert (counter.weights_version, counter.newest_version) == (6, 6)
 
 
+def test_a_step_that_nobody_computes_any_more_is_ended(path: str) -> None:
+    counter = VersionCounter.create(path)
+    counter.end_broken_step()
+    assert counter.half_steps == 0, "there is none"
+    never_ended = counter.step()
+    never_ended.__enter__()
+    assert counter.half_steps == 1
+    counter.end_broken_step()
+    assert counter.half_steps == 2
+
+
 def test_another_process_sees_it_and_is_seen(path: str) -> None:
     writer = VersionCounter.create(path)
     writer.weights_version = 41
