@@ -12,7 +12,9 @@ but the kills goes on.
 
     restart window    from a kill until /readyz says 200 and the killed process has a successor
     availability      of requests that overlap no window: all must be answered as without any kill,
-                      streams to their end and without an error inside
+                      streams to their end and without an error inside; and of chats that overlap
+                      one of the trainer, the checkpoint or the dream actor, which the engine and
+                      all streams survive
     lost              samples that were acknowledged, and are neither trained once nor queued
     memory            private bytes of each process of the cell, and of Ray; the slope of each over
                       the calm minutes but the first, by least squares
@@ -52,6 +54,8 @@ OF_SERVE: Final = {"proxy": "ray::ProxyActor", "controller": "ray::ServeControll
 ACTOR: Final = "engine actor"
 """The process around vLLM's; `engine` is vLLM's own."""
 VICTIMS: Final = (*OF_STATUS, ACTOR, *OF_SERVE)
+UNNOTICED: Final = ("trainer", "checkpoint", "dream")
+"""Whose end no chat may notice."""
 NUM_CHATS: Final = 3
 BURST_S: Final = 30.0
 WINDOW_LIMIT_S: Final = 240.0
@@ -230,6 +234,15 @@ class Soak:
             if not any(window.overlaps(each) for window in self.windows)
         )
 
+    def chats_within(self) -> dict[str, dict[str, int]]:
+        """By victim, outcomes of the chats that overlap its windows and no other's."""
+        found: dict[str, Counter[str]] = {}
+        for each in self.answers:
+            victims = {window.victim for window in self.windows if window.overlaps(each)}
+            if each.what == "chat" and len(victims) == 1:
+                found.setdefault(victims.pop(), Counter())[each.outcome] += 1
+        return {victim: dict(seen) for victim, seen in found.items()}
+
 
 EXPECTED: Final = {"chat 200", "teach 202", "commit 200", "publish 200", "dream 202"}
 
@@ -390,6 +403,7 @@ def run(soak: Soak, home: Path, options: argparse.Namespace) -> dict[str, Any]:
         "minutes": round(minutes, 1),
         "answers": dict(Counter(f"{each.what} {each.outcome}" for each in soak.answers)),
         "outside_windows": dict(soak.outside()),
+        "chats_within_windows": soak.chats_within(),
         "never_killed": sorted({*options.victims} - {each.victim for each in soak.windows}),
         "windows": [[each.victim, each.begun, each.ended] for each in soak.windows],
         "window_share": round(away / 60 / minutes, 3),
@@ -411,6 +425,10 @@ def faults(found: dict[str, Any]) -> list[str]:
     outside = found["outside_windows"]
     if bad := {name: count for name, count in outside.items() if name not in EXPECTED}:
         wrong.append(f"outside every restart window: {bad}")
+    for victim in UNNOTICED:
+        seen = set(found["chats_within_windows"].get(victim, {}))
+        if seen - {"200"}:
+            wrong.append(f"while the {victim} restarted, chats ended with {sorted(seen)}")
     if missing := EXPECTED - set(outside):
         wrong.append(f"never seen outside a restart window: {sorted(missing)}")
     return wrong

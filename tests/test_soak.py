@@ -42,11 +42,13 @@ def test_a_refusal_says_when_to_come_back_and_others_whose_they_are() -> None:
 def test_a_run_that_killed_too_little_or_asked_too_little_is_not_a_good_one() -> None:
     outside = dict.fromkeys(EXPECTED, 3)
     good: dict[str, Any] = {"troubles": [], "never_killed": [], "outside_windows": outside}
+    good["chats_within_windows"] = {"engine": {"503": 4}, "trainer": {"200": 9}}
     assert faults(good) == []
     for change, words in (
         ({"never_killed": ["engine", "proxy"]}, "never killed: engine, proxy; give it more"),
         ({"outside_windows": {**outside, "chat 503": 1}}, "'chat 503': 1"),
         ({"outside_windows": {"chat 200": 9}}, "never seen"),
+        ({"chats_within_windows": {"trainer": {"200": 9, "503": 1}}}, "while the trainer"),
         ({"troubles": ["teach: it broke"]}, "it broke"),
     ):
         (found,) = faults(good | change)
@@ -67,6 +69,7 @@ def test_only_what_overlaps_no_restart_is_held_against_the_cell() -> None:
     ]
     assert soak.outside() == {"chat 200": 1, "chat 500": 1}
     assert set(soak.outside()) - EXPECTED == {"chat 500"}
+    assert soak.chats_within() == {"engine": {"200 cut short": 1, "503": 1}, "proxy": {"503": 1}}
 
 
 def test_a_slope_is_that_of_one_process_since_a_time_and_the_largest_of_a_role() -> None:
