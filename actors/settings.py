@@ -199,7 +199,7 @@ class DreamSettings(_Group):
     """What is learned of an answer: its tokens, or the whole distribution behind them."""
     learning_rate: float = Field(default=2e-5, gt=0, le=1e-2)
     """Of a round; halved when it is tried again."""
-    epochs: int = Field(default=2, ge=1, le=100)
+    epochs: int = Field(default=1, ge=1, le=100)
     """Passes over a round's items."""
     trainer_threads: int = Field(default=2, ge=1, le=256)
     """Threads of the trainer's arithmetic in them: nobody is answered then, so the engine's core is
