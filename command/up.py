@@ -7,6 +7,7 @@
 The one command that puts all rooms together. Where it can be found, `command/record.py` says.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -14,9 +15,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
@@ -30,6 +33,8 @@ from command.output import Output
 if TYPE_CHECKING:
     from actors.settings import Settings
 
+NUM_RAY_STARTS: Final = 3
+RAY_END_TIMEOUT_S: Final = 10
 POLL_INTERVAL_S: Final = 0.25
 STOP_TIMEOUT_S: Final = 900
 OBJECT_STORE_BYTES: Final = 128 * MIB
@@ -44,6 +49,9 @@ RAY_ENVIRONMENT: Final = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
+
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -139,21 +147,18 @@ def serve_until(
         "dashboard_host": "127.0.0.1",
         "object_store_memory": OBJECT_STORE_BYTES,
     }
+    begin = partial(
+        ray.init,
+        address=ray_address,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **(node if is_local else {}),
+    )
     try:
-        joined = ray.init(
-            address=ray_address,
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(node if is_local else {}),
-        )
+        joined = begin_ray(begin, clock)
     except ConnectionError as error:
         raise SettingsError(f"--ray-address {ray_address}: {error}") from None
-    except Exception as error:  # Of no kind of its own: Ray's processes came up too slowly.
-        reason = str(error).splitlines()[0]
-        raise BootFailed(
-            f"Ray did not start: {reason}; try again, or see 'reverie doctor'"
-        ) from None
     asked_to_stop = _stop_on_signals()  # After Ray, which installs handlers of its own.
     failed, saved = None, "the cell never started"
     this = record.mine(settings.port, settings.host, settings.model, session_of(joined))
@@ -169,6 +174,31 @@ def serve_until(
         record.end(settings.home, this, saved)
     if failed is not None:
         raise ReverieError(failed)
+
+
+def begin_ray(begin: Callable[[], T], clock: Clock) -> T:
+    """What `begin` returns: tried again, for Ray gives its processes 30 s on any machine.
+
+    Raises BootFailed if it comes to nothing, and ConnectionError where there is no cluster.
+    Whatever this process has started is ended before another try: nothing but Ray was.
+    """
+    import psutil
+
+    for number in range(1, NUM_RAY_STARTS + 1):
+        try:
+            return begin()
+        except ConnectionError:
+            raise
+        except Exception as error:  # Of no kind of its own.
+            reason = str(error).splitlines()[0]
+        left = psutil.Process().children(recursive=True)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, RAY_END_TIMEOUT_S)
+        if number < NUM_RAY_STARTS:
+            clock.say("Ray came up too slowly; once more")
+    raise BootFailed(f"Ray did not start: {reason}; try again, or see 'reverie doctor'")
 
 
 def session_of(joined: Any) -> dict[str, str]:
