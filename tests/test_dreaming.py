@@ -37,6 +37,7 @@ BY_ITSELF = (
     "dream.when_idle=true",
     "dream.idle_s=3",
     "dream.max_steps_per_day=1",
+    "dream.epochs=2",
     # One of the four facts that these few canaries ask for may be lost by chance.
     "dream.budgets.max_facts_drop=0.5",
 )
