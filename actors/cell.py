@@ -51,7 +51,6 @@ WEIGH_INTERVAL_S: Final = 10.0
 """The kernel walks all pages of a process to add them up: 10 ms and more for 700 MiB."""
 ENGINE_STAGES: Final = ("weights", "layout", "engine")
 
-
 T = TypeVar("T")
 
 
@@ -314,7 +313,7 @@ class Cell:
         settings = self._settings
         dtype = settings.dtype
         if dtype == "auto":
-            dtype = "bfloat16" if has_gpu(self._settings) else "float32"
+            dtype = "bfloat16" if has_gpu(settings) else "float32"
         threads = settings.journal.threads
         adopting = adopt_model.remote(settings.model, settings.home, dtype, threads)
         return await within(adopting, ADOPT_TIMEOUT_S)

@@ -26,6 +26,7 @@ def begin_from_public(
     optimizer: "Apollo",
     ledger: Ledger,
     versions: VersionCounter,
+    *,
     has_stale_weights: bool,
 ) -> None:
     """Have ledger, optimizer, versions and live weights all be of the public directory.
@@ -43,7 +44,7 @@ def begin_from_public(
     version = ledger.recover(public.weights_version)
     if has_stale_weights:
         versions.end_broken_step()
-        versions.begin_writing()
+        versions.begin_writing(version)
         restore(Path(paths.layout), directory)
     versions.weights_version = version
     if has_stale_weights:

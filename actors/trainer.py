@@ -148,7 +148,7 @@ class Trainer(Desk):
             optimizer,
             self._ledger,
             self._versions,
-            has_stale_weights,
+            has_stale_weights=has_stale_weights,
         )
         self._thread.start()
         return self._describe()
@@ -210,7 +210,7 @@ class Trainer(Desk):
             raise Unavailable("the hold has ended; the cell restarts from what was returned to")
         self._spoiled = "a return broke off"
         self._num_returns += 1
-        self._versions.begin_writing()
+        self._versions.begin_writing(made.weights_version)
         restore(Path(self._paths.layout), model_dir := Path(self._paths.model_dir))
         recall(self._settings.home, model_dir.name, self._learner.optimizer, self._ledger)
         self._versions.weights_version = made.weights_version

@@ -61,9 +61,9 @@ class VersionCounter:
         """What the weights may be of in part: above `weights_version` while a step writes."""
         return self._read(_NEWEST_AT)
 
-    def begin_writing(self) -> None:
-        """Say that weights of the next version are about to be written."""
-        self._write(_NEWEST_AT, self.weights_version + 1)
+    def begin_writing(self, version: int | None = None) -> None:
+        """Say that weights of this version, else of the next, are about to be written."""
+        self._write(_NEWEST_AT, self.weights_version + 1 if version is None else version)
 
     @property
     def half_steps(self) -> int:

@@ -50,7 +50,6 @@ RAY_ENVIRONMENT: Final = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
-
 T = TypeVar("T")
 
 
@@ -197,7 +196,7 @@ def begin_ray(begin: Callable[[], T], clock: Clock) -> T:
                 process.kill()
         psutil.wait_procs(left, RAY_END_TIMEOUT_S)
         if number < NUM_RAY_STARTS:
-            clock.say("Ray came up too slowly; once more")
+            clock.say(f"Ray did not start: {reason}; once more")
     raise BootFailed(f"Ray did not start: {reason}; try again, or see 'reverie doctor'")
 
 

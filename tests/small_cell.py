@@ -154,7 +154,7 @@ def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
     )
     made._ledger = Ledger(paths.ledger)
     found = made._learner.optimizer, made._ledger, made._versions
-    begin_from_public(home, paths, *found, has_stale_weights)
+    begin_from_public(home, paths, *found, has_stale_weights=has_stale_weights)
     checkpoint: Any = Checkpointer(settings, paths, Direct(made))  # type: ignore[arg-type]
     checkpoint._tensors = Mapping(layout, is_writable=False).tensors()
     checkpoint._journal = open_journal(RealDisk(home), NAME).journal

@@ -36,7 +36,7 @@ def test_a_slow_start_is_tried_again_and_nothing_of_it_stays(
     try:
         assert begin_ray(ray.begin, Clock()) == 3
         assert [psutil.pid_exists(each.pid) for each in ray.processes] == [False, False, True]
-        assert capsys.readouterr().out.count("Ray came up too slowly; once more") == 2
+        assert capsys.readouterr().out.count("timed out during startup.; once more") == 2
     finally:
         ray.processes[-1].kill()
         ray.processes[-1].wait()

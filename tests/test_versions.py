@@ -42,6 +42,8 @@ def test_version_in_the_making_is_named_as_long_as_it_is_written(path: str) -> N
     assert (counter.weights_version, counter.newest_version) == (5, 6)
     counter.weights_version += 1
     assert (counter.weights_version, counter.newest_version) == (6, 6)
+    counter.begin_writing(40)
+    assert (counter.weights_version, counter.newest_version) == (6, 40)
 
 
 def test_a_step_that_nobody_computes_any_more_is_ended(path: str) -> None:

@@ -1,1 +1,1 @@
-"""What only a GPU can show. Each script runs on a CPU, too: it is known to work beforehand."""
+"""What only a GPU can show. Each script can be tried on a CPU beforehand."""
