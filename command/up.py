@@ -179,10 +179,12 @@ def begin_ray(begin: Callable[[], T], clock: Clock) -> T:
     """What `begin` returns: tried again, for Ray gives its processes 30 s on any machine.
 
     Raises BootFailed if it comes to nothing, and ConnectionError where there is no cluster.
-    Whatever this process has started is ended before another try: nothing but Ray was.
+    What a try has started is ended before the next.
     """
     import psutil
 
+    this = psutil.Process()
+    others = this.children(recursive=True)
     for number in range(1, NUM_RAY_STARTS + 1):
         try:
             return begin()
@@ -190,7 +192,7 @@ def begin_ray(begin: Callable[[], T], clock: Clock) -> T:
             raise
         except Exception as error:  # Of no kind of its own.
             reason = str(error).splitlines()[0]
-        left = psutil.Process().children(recursive=True)
+        left = [each for each in this.children(recursive=True) if each not in others]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

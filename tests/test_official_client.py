@@ -128,7 +128,7 @@ async def test_a_cell_that_is_not_ready_is_unavailable_and_the_client_tries_agai
     tmp_path: Path, state: Literal["starting", "recovering", "stopping"]
 ) -> None:
     async with in_process(tmp_path) as (door, official):
-        door._report = replace(door._report, state=state)
+        door._report = replace(door._report, state=state, engine=None)
         with pytest.raises(openai.InternalServerError) as caught:
             await ask(official)
         says(caught, state)

@@ -423,5 +423,6 @@ def test_status_metrics_and_documents_are_there(cell: RunningCell) -> None:
     paths = cell.get("/openapi.json")["paths"]
     assert {"/train", "/train/jobs/{job_id}", "/checkpoint", "/status", "/readyz"} <= set(paths)
     stages = [stage["name"] for stage in cell.get("/readyz")["stages"]]
-    assert stages == ["model", "weights", "layout", "engine", "trainer", "ready"]
+    engines = ["weights", "layout", "engine"]
+    assert stages in (["model", *engines, "trainer", "ready"], ["model", "trainer", "ready"])
     assert httpx.get(f"{cell.base}/healthz", timeout=30).text == "ok\n"

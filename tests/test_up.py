@@ -13,6 +13,10 @@ from command.up import NUM_RAY_STARTS, Clock, begin_ray
 SLOW = "The current node timed out during startup.\nThis could happen because"
 
 
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+
 class Ray:
     """Starts a process each time, and fails so many times."""
 
@@ -21,8 +25,7 @@ class Ray:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def begin(self) -> Any:
-        sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
-        self.processes.append(subprocess.Popen(sleeping))
+        self.processes.append(sleeper())
         if self.left:
             self.left -= 1
             raise Exception(SLOW)
@@ -33,13 +36,16 @@ def test_a_slow_start_is_tried_again_and_nothing_of_it_stays(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ray = Ray(num_failures=2)
+    other = sleeper()
     try:
         assert begin_ray(ray.begin, Clock()) == 3
         assert [psutil.pid_exists(each.pid) for each in ray.processes] == [False, False, True]
+        assert other.poll() is None, "what ran before is not Ray's"
         assert capsys.readouterr().out.count("timed out during startup.; once more") == 2
     finally:
-        ray.processes[-1].kill()
-        ray.processes[-1].wait()
+        for process in (ray.processes[-1], other):
+            process.kill()
+            process.wait()
 
 
 def test_it_is_not_tried_for_ever() -> None:
