@@ -36,6 +36,20 @@ def test_what_rests_or_was_stopped_is_not_drawn(standing: str) -> None:
     assert draw([Progress("a", 0.9, standing)], random.Random(0)) is None  # type: ignore[arg-type]
 
 
+def test_if_none_learns_the_one_tested_longest_ago_may_be_tested_again() -> None:
+    stopped, late, early = (
+        Progress("stopped", 0.9, "stopped", tested_round=1),
+        Progress("late", 0.9, "resting", tested_round=7),
+        Progress("early", 0.9, "resting", tested_round=3),
+    )
+    all_of_them, rng = [stopped, late, early], random.Random(0)
+    assert draw(all_of_them, rng) is None
+    assert draw(all_of_them, rng, may_retest=True) == early
+    assert draw([stopped], rng, may_retest=True) is None
+    learning = Progress("new", 0.9)
+    assert draw([*all_of_them, learning], rng, may_retest=True) == learning
+
+
 def test_sampling_is_freer_where_it_fails() -> None:
     assert temperature(0.0) == COOLEST < temperature(0.5) < temperature(1.0) == HOTTEST
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from actors.dream import actor as actors_dream
 from actors.dream.actor import Dreamer
 from actors.dream.behaviour import Behaviour
+from actors.dream.curriculum import RETEST_S, Progress
 from actors.dream.exchange import Exchange
 from actors.dream.round import Dream
 from actors.dream.signal import Signal
@@ -109,6 +111,38 @@ def test_by_itself_it_dreams_only_if_told_to_and_after_a_while_of_silence(made: 
     door.leave()
     assert made.dreamer._next_round() is None
     configure(made, when_idle=True, idle_s=0)
+    assert made.dreamer._next_round().behaviour == "brief"
+
+
+def stand(made: Any, standing: Any) -> None:
+    made.store.set_progress(Progress("brief", 0.9, standing, 0.0, tested_round=1))
+
+
+def test_what_rests_is_dreamt_of_again_when_asked_for_and_after_a_day_by_itself(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    configure(made, when_idle=True, idle_s=0)
+    first = made.dreamer._next_round()
+    first.state, first.ended = "empty", time.time()
+    made.store.save_round(first)
+    stand(made, "resting")
+    assert made.dreamer._next_round() is None
+    first.ended -= RETEST_S
+    made.store.save_round(first)
+    second = made.dreamer._next_round()
+    assert second.behaviour == "brief"
+    second.state, second.ended = "empty", time.time()
+    made.store.save_round(second)
+    assert made.dreamer._next_round() is None
+    ask(made)
+    assert made.dreamer._next_round().behaviour == "brief"
+
+
+def test_what_the_gate_has_stopped_is_dreamt_of_only_by_its_name(made: Any) -> None:
+    made.store.put_behaviour(BRIEF)
+    stand(made, "stopped")
+    with pytest.raises(Conflict, match="stopped every behaviour; name the one"):
+        ask(made)
+    ask(made, behaviour="brief")
     assert made.dreamer._next_round().behaviour == "brief"
 
 

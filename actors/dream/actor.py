@@ -21,7 +21,7 @@ from actors import logs
 from actors.calls import in_words
 from actors.dream.behaviour import Behaviour
 from actors.dream.cell_calls import CellCalls
-from actors.dream.curriculum import Progress, draw, temperature
+from actors.dream.curriculum import RETEST_S, Progress, draw, temperature
 from actors.dream.exchange import Exchange
 from actors.dream.logged import Candidate, CandidateState, Conversation, Logged
 from actors.dream.manners import PoliteModel
@@ -128,11 +128,17 @@ class Dreamer:
     @ray.method
     async def dream(self, request: DreamRequest) -> DreamReport:
         """Queue rounds; durable when it returns. Raises NotFound, Conflict or TooBusy."""
+        known = self._store.behaviours()
         if request.behaviour is not None:
             self._store.behaviour(request.behaviour)
-        elif not self._store.behaviours():
+        elif not known:
             raise Conflict(
                 "there is no behaviour to dream of; PUT /behaviours/{name} makes one"
+            ).about("behaviour")
+        elif all(progress.standing == "stopped" for _, progress in known):
+            raise Conflict(
+                "the gate has stopped every behaviour; name the one to try all the same, or change "
+                "it with PUT /behaviours/{name}"
             ).about("behaviour")
         asked, limit = self._asked(), self._settings.dream.max_rounds_queued
         if len(asked) + request.rounds > limit:
@@ -301,12 +307,14 @@ class Dreamer:
         self._paused = self._over_budget()
         if self._paused is not None:
             return None
-        name = asked[0] if asked else None
-        rng = random.Random(dream.seed + len(self._store.rounds(MAX_LISTED)))
-        chosen = draw([progress for _, progress in self._store.behaviours()], rng)
+        name, rounds = asked[0] if asked else None, self._store.rounds(MAX_LISTED)
+        rng = random.Random(dream.seed + len(rounds))
+        is_stale = bool(rounds) and time.time() - (rounds[0].ended or 0) >= RETEST_S
+        known = [progress for _, progress in self._store.behaviours()]
+        chosen = draw(known, rng, may_retest=bool(asked) or is_stale)
         if name is not None:
             chosen = next((p for b, p in self._store.behaviours() if b.name == name), None)
-        if chosen is None:  # All rest, or it was deleted.
+        if chosen is None:  # All rest or were stopped, or it was deleted.
             self._store.write_note("asked", asked[1:])
             return None
         begun = self._store.begin_round(chosen.name, temperature(chosen.failure_rate))

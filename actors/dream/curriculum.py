@@ -22,6 +22,8 @@ MEMORY: Final = 0.5
 """Share of the newest test in the failure rate; the rest is what was known."""
 RETEST_ROUNDS: Final = 4
 """Rounds after which a resting behaviour is tested again."""
+RETEST_S: Final = 24 * 3600
+"""Time without a round after which one is dreamt of a resting behaviour, if none learns."""
 SLACK: Final = 0.05
 """How far below its target a resting behaviour may be found before it learns again."""
 
@@ -37,11 +39,14 @@ class Progress:
     tested_round: int = 0
 
 
-def draw(all_of_them: Sequence[Progress], rng: random.Random) -> Progress | None:
-    """One that learns, by its weight; None if none does."""
+def draw(
+    all_of_them: Sequence[Progress], rng: random.Random, *, may_retest: bool = False
+) -> Progress | None:
+    """One that learns, by its weight; else None, or the resting one tested longest ago."""
     learning = [each for each in all_of_them if each.standing == "learning"]
     if not learning:
-        return None
+        resting = [each for each in all_of_them if each.standing == "resting" and may_retest]
+        return min(resting, key=lambda each: each.tested_round, default=None)
     weights = [max(MIN_WEIGHT, each.failure_rate) for each in learning]
     return rng.choices(learning, weights)[0]
 
