@@ -47,7 +47,8 @@ class Launches:
     def step(self, shape: tuple[int, ...], dtype: torch.dtype, **settings: Any) -> None:
         """One step, watched: the host reads no value and makes no tensor of the weight's size."""
         param = Parameter(torch.ones(shape, dtype=dtype))
-        optimizer = Apollo([("lm_head.weight", param)], kernels=TritonKernels(), **settings)
+        settings |= {"kernels": TritonKernels(), "notes_changes": True}
+        optimizer = Apollo([("lm_head.weight", param)], **settings)
         for num_allowed in (None, 0):  # the first step makes the state
             with Watch(param, param, optimizer) as watch:
                 optimizer.begin_step()

@@ -32,6 +32,7 @@ from apollo.optim.routing import make_plan
 from apollo.optim.triton_kernels import TritonKernels
 from apollo.optim.update import Kernels, TorchKernels, Update
 from tests.test_apollo_oracle import NEAR, Case, cases, compare
+from tests.test_changes import check_what_is_noted
 
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2**31, 2**32 + 5, 2**63 - 1)
@@ -286,6 +287,13 @@ def test_module_is_taught_through_released_gradients_as_with_torch() -> None:
 
     for ours, theirs in zip(teach(TritonKernels()), teach(TorchKernels()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_a_step_has_changed_is_noted(rule: str, precision: str) -> None:
+    check_what_is_noted(TritonKernels(), rule, precision)
 
 
 def test_interpreter_lets_triton_be_chosen_on_a_cpu() -> None:

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from apollo.optim.changes import make_map
 from apollo.optim.projection import projection_seed
 from apollo.optim.rounding import ROUNDINGS, Rounding, rounding_seed
-from apollo.optim.routing import MODES, ROLES, Mode, Role, make_plan
+from apollo.optim.routing import MODES, ROLES, Mode, Plan, Role, make_plan
 from apollo.optim.update import Kernels, TorchKernels, Update, make_state
 
 SAMPLED_ELEMENTS = 1 << 14
@@ -70,6 +71,7 @@ class Apollo(torch.optim.Optimizer):
     weight_decay: decoupled; leaves vectors alone.
     rounding: of bfloat16 weights, see `rounding`; float32 weights are never rounded.
     role: a tensor's place in the model for `mode="scale"`, where its name does not say it.
+    notes_changes: keep a bit for each element that has changed, see `changes`.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Apollo(torch.optim.Optimizer):
         role: Role = "auto",
         seed: int = 0,
         kernels: Kernels | None = None,
+        notes_changes: bool = False,
     ) -> None:
         settings: dict[str, Any] = {"lr": lr, "mode": mode, "betas": betas, "eps": eps}
         settings |= {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale}
@@ -97,6 +100,9 @@ class Apollo(torch.optim.Optimizer):
         settings |= {"rounding": rounding, "role": role, "seed": seed, "num_steps": 0}
         self._names: dict[Tensor, str] = {}
         self._kernels = kernels or TorchKernels()
+        self._notes_changes = notes_changes
+        self.changed: dict[str, Tensor] = {}
+        """Maps of what changed, by parameter, if they are kept; whoever has looked clears them."""
         self._measured: list[tuple[str, int, Tensor]] = []
         self._reports: dict[str, TensorReport] | None = {}
         self.is_stepping = False
@@ -178,10 +184,16 @@ class Apollo(torch.optim.Optimizer):
                 lr=float(group["lr"]),
                 projection_seed=projection_seed(group["seed"], name, refresh),
                 rounding_seed=rounding_seed(group["seed"], self.num_steps, name),
+                changed_io=self._map_of(name, plan, param.device),
             )
         )
         changed = (sample != before).float().mean()
         self._measured.append((name, param.numel(), torch.cat((measured, changed[None]))))
+
+    def _map_of(self, name: str, plan: Plan, device: torch.device) -> Tensor | None:
+        if self._notes_changes and name not in self.changed:
+            self.changed[name] = make_map(plan.rows, plan.columns, device)
+        return self.changed.get(name)
 
     def end_step(self) -> None:
         """Close a step; does not wait for the device."""
@@ -225,8 +237,9 @@ class Apollo(torch.optim.Optimizer):
         return loss
 
     def size_bytes(self) -> int:
-        """Bytes that the optimizer holds: its state, and projections until their refresh."""
+        """Bytes that the optimizer holds: its state, maps, and projections until their refresh."""
         tensors = [tensor for state in self.state.values() for tensor in state.values()]
+        tensors += self.changed.values()
         num_bytes: int = sum(tensor.nbytes for tensor in tensors)
         return num_bytes + self._kernels.size_bytes()
 

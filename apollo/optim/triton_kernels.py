@@ -5,7 +5,7 @@
     judge        |G|, whether it is finite; counts the step
     rescale      moments of R, a factor per channel       (SCALE: normalise; Adam: advance_full)
     limit        the clip and the norm-growth limiter
-    write        reads G and W, writes W in place: decay, step, rounding
+    write        reads G and W, writes W in place: decay, step, rounding; notes what changed
 
 The host allocates and launches; it asks the device for nothing. Random numbers, the projection and
 the rounding of a value are bit for bit those of `TorchKernels`, sums agree to the last digits of
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from apollo.optim import triton_programs as programs
+from apollo.optim import triton_write
 from apollo.optim.projection import normal_table
 from apollo.optim.routing import Plan
 from apollo.optim.update import State, Update
@@ -259,7 +260,7 @@ def _limit(sums: Tensor, state: State, slate: Tensor, plan: Plan) -> None:
 def _write(task: Update, source_ij: Tensor, factor_c: Tensor | None, slate: Tensor) -> None:
     """Write the weights, from a gradient with its factors or from Adam's moments."""
     plan, state = task.plan, task.state
-    programs.write[(_num_blocks(plan),)](
+    triton_write.write[(_num_blocks(plan),)](
         task.param_ij,
         *task.param_ij.stride(),
         source_ij,
@@ -268,6 +269,7 @@ def _write(task: Update, source_ij: Tensor, factor_c: Tensor | None, slate: Tens
         factor_c,
         factor_c.stride(0) if factor_c is not None else 0,
         state.get("correction"),
+        task.changed_io,
         slate,
         plan.rows,
         plan.columns,

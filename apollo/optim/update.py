@@ -5,11 +5,13 @@
                   rescale: moments, a factor per channel, limits      small: r x c
                      |
     W, G --write--> W <- W (1 - lr wd) - lr factor G, rounded         reads G and W, writes W
+                                                                      and a bit where W changed
 
 For Adam the direction is not G but comes from full-size moments. Knows no optimizer, names or
 hooks. Nothing waits for the device: what is not finite is masked, and reported in a tensor.
 
-Axes: r = rank, m = projected side, c = channels, i x j = rows x columns, b = rows of a block.
+Axes: r = rank, m = projected side, c = channels, i x j = rows x columns, b = rows of a block,
+o = octets of columns.
 """
 
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from apollo.optim.changes import pack, words
 from apollo.optim.philox import make_key
 from apollo.optim.projection import draw_projection
 from apollo.optim.rounding import round_stochastically, round_with_correction, undo_correction
@@ -55,6 +58,8 @@ class Update:
     """Of the projection in force; for the rule `projected`."""
     rounding_seed: int
     """Of this step's noise; for stochastic rounding."""
+    changed_io: Tensor | None = None
+    """Written, if there: which elements have other bits now, see `changes`."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Now:
     """0-dim float32."""
     key: Tensor | None
     """Of the rounding noise: the halves of a seed; for stochastic rounding."""
+    changed_io: Tensor | None = None
+    """As `Update.changed_io`."""
 
 
 class Kernels(Protocol):
@@ -108,7 +115,7 @@ class TorchKernels:
     def update(self, task: Update) -> Tensor:
         """As `Kernels.update`."""
         plan, param_ij = task.plan, task.param_ij
-        now = Now(lr=torch.tensor(task.lr), key=None)
+        now = Now(lr=torch.tensor(task.lr), key=None, changed_io=task.changed_io)
         if plan.rounding == "stochastic":
             now = replace(now, key=make_key(task.rounding_seed, param_ij.device))
         return self.run(param_ij, task.grad_ij, task.state, self._projection(task), now, plan)
@@ -268,6 +275,7 @@ def write(
     Where it is masked this adds -0.0, which changes no bit of any number.
     """
     param_bj = param_ij[rows]
+    before_bj = None if now.changed_io is None else param_bj.clone()
     lr = is_finite.float() * now.lr
     value_bj = param_bj.float()  # itself where it is float32
     if plan.rounding == "corrected":
@@ -284,3 +292,5 @@ def write(
         weight_bj, correction_bj = round_with_correction(value_bj)
         param_bj.copy_(weight_bj)
         state["correction"][rows].copy_(correction_bj)
+    if now.changed_io is not None and before_bj is not None:
+        now.changed_io[rows] |= pack(words(param_bj) != words(before_bj))
