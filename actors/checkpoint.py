@@ -49,6 +49,7 @@ class Checkpointer(Returns):
         name = Path(self._paths.model_dir).name
         disk, threads = RealDisk(self._settings.home), self._settings.journal.threads
         self._journal = open_journal(disk, name, threads=threads).journal
+        self._open_maps()
         self._public = self._journal.public.generation
         self._is_swap_atomic = self._journal.slots.can_exchange()
         threading.Thread(target=self._keep, name="keeping", daemon=True).start()

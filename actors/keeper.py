@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from actors.trainer import Trainer
     from apollo.journal.chain import Generation
     from apollo.journal.journal import Journal
+    from apollo.journal.live import ChangedStaging, Staging
+    from apollo.weights.change_maps import ChangeMaps
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,9 @@ class Keeper:
         self._events = Events(Path(paths.ledger).parent, "checkpoint")
         self._lock = threading.Lock()
         self._tensors: dict[str, Any] = {}
+        self._maps: ChangeMaps | None = None
+        self._noted_since: int | None = None
+        """From which on `_maps` say what has changed; None: all must be copied."""
         self._journal: Journal
         self._public = 0
         self._is_swap_atomic = True
@@ -97,23 +102,24 @@ class Keeper:
 
     def _commit(self) -> Checkpoint:
         from apollo.journal.disk import DiskFull
-        from apollo.journal.live import Staging
 
         self._refuse_if_ended()
         begun, newest = time.monotonic(), self._journal.newest
         if self._versions.weights_version == newest.weights_version:
             return self._tell(newest, begun, 0.0)
-        staging = Staging(self._tensors)
+        staging = self._staging()
         held = time.monotonic()
         with self._held(with_optimizer=True) as hold:
             if hold.on_trial is not None:
                 raise OnTrial(f"dream round {hold.on_trial} is on trial: {ON_TRIAL}")
+            self._noted_since = None  # Until what is taken now is durable.
             staging.copy()
         stall = time.monotonic() - held
         with _bytes_of(self._paths.optimizer if hold.has_optimizer else None) as optimizer:
             made = self._journal.commit(
                 staging.words(), hold.weights_version, optimizer, hold.optimizer_step
             )
+        self._noted_since = made.generation
         self._committed_at = time.monotonic()
         self._last = self._tell(made, begun, stall)
         self._note_commit(self._last)
@@ -123,6 +129,25 @@ class Keeper:
             except DiskFull as error:  # It is durable all the same.
                 log.warning("not published: %s", error)
         return self._last
+
+    def _open_maps(self) -> None:
+        """Look at what the trainer notes, if it is to."""
+        from apollo.weights.change_maps import ChangeMaps
+
+        if self._settings.journal.moves == "changed":
+            self._maps = ChangeMaps.open(Path(self._paths.changed))
+            self._noted_since = self._maps.generation
+
+    def _staging(self) -> "Staging | ChangedStaging":
+        """What takes the live weights: the changes since the newest generation, if all are noted.
+
+        A full copy clears the maps as well; after a return, and a commit that failed, it is due.
+        """
+        from apollo.journal.live import ChangedStaging, Staging
+
+        if self._maps is not None and self._noted_since == self._journal.newest.generation:
+            return ChangedStaging(self._tensors, self._maps)
+        return Staging(self._tensors, self._maps)
 
     def _note_commit(self, made: Checkpoint) -> None:
         share = self._changed_share = self._share_of(made.generation)

@@ -128,6 +128,11 @@ class CellPaths:
         return f"{self.run_dir}/layout.json"
 
     @property
+    def changed(self) -> str:
+        """Maps of what the trainer has changed, with `journal.moves=changed`."""
+        return f"{self.run_dir}/changed"
+
+    @property
     def progress(self) -> str:
         return f"{self.run_dir}/progress"
 

@@ -28,10 +28,11 @@ def begin_from_public(
     versions: VersionCounter,
     *,
     has_stale_weights: bool,
-) -> None:
+) -> int:
     """Have ledger, optimizer, versions and live weights all be of the public directory.
 
     Weights that were just loaded from it are; stale ones are overwritten, while the engine reads.
+    Returns its generation.
     """
     from apollo.journal.live import restore
     from apollo.weights import manifest
@@ -49,6 +50,7 @@ def begin_from_public(
     versions.weights_version = version
     if has_stale_weights:
         versions.next_epoch()
+    return public.generation
 
 
 def recall(home: Path, model: str, optimizer: "Apollo", ledger: Ledger) -> None:

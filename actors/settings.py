@@ -138,6 +138,9 @@ class JournalSettings(_Group):
     """Age beyond which no generation is kept but the newest and the public one; None keeps them."""
     threads: int = Field(default=2, ge=1)
     """Threads that copy the weights while the trainer waits, and that hash and encode them."""
+    moves: Literal["all", "changed"] = "all"
+    """What a commit takes of the live weights: all, or what has changed since the last, for which
+    the trainer notes a bit for each element. That is meant for bfloat16 weights on a GPU."""
 
 
 class Budgets(_Group):

@@ -110,6 +110,7 @@ class Trainer(Desk):
         """
         from transformers import AutoTokenizer
 
+        from apollo.learning.noting import note_changes
         from apollo.learning.step import Learner
         from apollo.weights.attach import attach
         from apollo.weights.layout import WeightLayout
@@ -142,7 +143,7 @@ class Trainer(Desk):
             max_len=min(max_len, getattr(module.config, "max_position_embeddings", max_len)),
         )
         self._ledger, optimizer = Ledger(Path(self._paths.ledger)), self._learner.optimizer
-        begin_from_public(
+        generation = begin_from_public(
             self._settings.home,
             self._paths,
             optimizer,
@@ -150,6 +151,8 @@ class Trainer(Desk):
             self._versions,
             has_stale_weights=has_stale_weights,
         )
+        if self._settings.journal.moves == "changed":
+            note_changes(self._learner, layout, Path(self._paths.changed), generation)
         self._thread.start()
         return self._describe()
 

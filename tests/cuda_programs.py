@@ -14,7 +14,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from apollo.optim.changes import make_map
 from apollo.optim.optimizer import Apollo
+from apollo.optim.routing import matrix_shape
 from apollo.optim.triton_kernels import TritonKernels
 from tests.test_apollo_device import PRECISIONS, SETTINGS, Watch, kind_of
 
@@ -47,7 +49,8 @@ class Launches:
     def step(self, shape: tuple[int, ...], dtype: torch.dtype, **settings: Any) -> None:
         """One step, watched: the host reads no value and makes no tensor of the weight's size."""
         param = Parameter(torch.ones(shape, dtype=dtype))
-        settings |= {"kernels": TritonKernels(), "notes_changes": True}
+        changed = {"lm_head.weight": make_map(*matrix_shape(shape), param.device)}
+        settings |= {"kernels": TritonKernels(), "changed": changed}
         optimizer = Apollo([("lm_head.weight", param)], **settings)
         for num_allowed in (None, 0):  # the first step makes the state
             with Watch(param, param, optimizer) as watch:

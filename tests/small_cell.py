@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -30,6 +30,7 @@ from actors.trainer import Trainer
 from actors.versions import VersionCounter
 from apollo.journal.disk import RealDisk
 from apollo.journal.recovery import open_journal
+from apollo.learning.noting import note_changes
 from apollo.learning.step import Learner
 from apollo.weights import manifest
 from apollo.weights.attach import attach
@@ -124,7 +125,9 @@ class SmallCell:
 
 
 @contextmanager
-def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
+def boot(
+    home: Path, run: Path, *, moves: Literal["all", "changed"] = "all", **trainer: Any
+) -> Iterator[SmallCell]:
     """Boot over what is on disk in `home`; `run` is a new directory, as the shared memory is.
 
     If it is that of an earlier boot, only what is around the engine boots again.
@@ -134,7 +137,7 @@ def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
     settings = Settings(
         home=home,
         trainer=TrainerSettings(nice=0, rank=4, update_proj_gap=3, duty=1.0, **trainer),
-        journal=JournalSettings(keep_all_s=10**6),
+        journal=JournalSettings(keep_all_s=10**6, moves=moves),
     )
     open_journal(RealDisk(home), NAME)
     model_dir = home / "models" / NAME
@@ -154,10 +157,13 @@ def boot(home: Path, run: Path, **trainer: Any) -> Iterator[SmallCell]:
     )
     made._ledger = Ledger(paths.ledger)
     found = made._learner.optimizer, made._ledger, made._versions
-    begin_from_public(home, paths, *found, has_stale_weights=has_stale_weights)
+    generation = begin_from_public(home, paths, *found, has_stale_weights=has_stale_weights)
     checkpoint: Any = Checkpointer(settings, paths, Direct(made))  # type: ignore[arg-type]
     checkpoint._tensors = Mapping(layout, is_writable=False).tensors()
     checkpoint._journal = open_journal(RealDisk(home), NAME).journal
+    if moves == "changed":
+        note_changes(made._learner, layout, Path(paths.changed), generation)
+    checkpoint._open_maps()
     answered, ray.get = ray.get, lambda answer, timeout=None: answer
     try:
         with closing(made._ledger):

@@ -35,12 +35,13 @@ def check_what_is_noted(kernels: Kernels, rule: str, precision: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((37, 45), (50, 24), (19,)):
         param = Parameter(torch.randn(shape, generator=generator).to(dtype))
+        changed_io = make_map(*matrix_shape(shape), param.device)
         optimizer = Apollo(
             [("lm_head.weight", param)],
             1e-3,
             rounding=rounding,
             kernels=kernels,
-            notes_changes=True,
+            changed={"lm_head.weight": changed_io},
             **RULES[rule],
         )
         weight_ij = param.detach().view(matrix_shape(shape))
@@ -51,7 +52,6 @@ def check_what_is_noted(kernels: Kernels, rule: str, precision: str) -> None:
             param.grad[..., 5] = 0
             optimizer.step()
             is_changed |= words(weight_ij) != words(before)
-        changed_io = optimizer.changed["lm_head.weight"]
         assert torch.equal(unpack(changed_io, shape[-1]), is_changed)
         assert 0 < is_changed.float().mean() < 1
         taken = take(weight_ij, changed_io)
@@ -68,18 +68,6 @@ def test_every_changed_element_is_noted_and_no_other(rule: str, precision: str) 
 
 def test_compiled_code_notes_the_same() -> None:
     check_what_is_noted(CompiledKernels(), "apollo", "stochastic")
-
-
-def test_nothing_is_kept_unless_asked_for() -> None:
-    param = Parameter(torch.ones(8, 8))
-    optimizer = Apollo([("w", param)])
-    param.grad = torch.ones(8, 8)
-    optimizer.step()
-    without = optimizer.size_bytes()
-    assert not optimizer.changed
-    noting = Apollo([("w", param)], notes_changes=True)
-    noting.step()
-    assert noting.size_bytes() == without + 8
 
 
 @settings(deadline=None)

@@ -19,6 +19,7 @@ from apollo.journal import chain as chains
 from apollo.journal import codec, segment
 from apollo.journal.ahead import ahead
 from apollo.journal.chain import Chain, Generation, StoredFile
+from apollo.journal.changed import ChangedWords
 from apollo.journal.codec import Words
 from apollo.journal.disk import Disk, DiskFull
 from apollo.journal.image import HASH_BYTES, Image, ImageError, digest, root
@@ -94,15 +95,16 @@ class Journal:
 
     def commit(
         self,
-        live: Mapping[str, Words],
+        live: Mapping[str, Words | ChangedWords],
         weights_version: int,
         optimizer: bytes | memoryview | None = None,
         step: int = 0,
     ) -> Generation:
-        """Keep the weights as they are in `live`: all words of each tensor, by name.
+        """Keep the weights as they are in `live`: by tensor, all its words or those that changed.
 
-        They must not change meanwhile. Durable when it returns. Returns the newest generation as it
-        is if its version is `weights_version`.
+        They must not change meanwhile; what has changed has changed since the newest generation.
+        Durable when it returns. Returns the newest generation as it is if its version is
+        `weights_version`.
         """
         parent = self.newest
         if weights_version == parent.weights_version:
@@ -112,12 +114,23 @@ class Journal:
         slots = self.slots.slots()
 
         def delta_of(at: int, before: bytes) -> tuple[bytes, bytes] | None:
-            chunk = self.image.chunks[at]
-            new = live[chunk.tensor][chunk.first_word : chunk.first_word + chunk.num_words]
+            chunk, old = self.image.chunks[at], None
+            held = live[chunk.tensor]
+            if isinstance(held, ChangedWords):
+                where, words = held.between(chunk.first_word, chunk.num_words)
+                if not len(where):
+                    return None
+                old = self._values.read(at, parent.generation, slots)
+                new = old.copy()
+                new[where] = words
+            else:
+                new = held[chunk.first_word : chunk.first_word + chunk.num_words]
             after = digest(new)
             if after == before:
                 return None
-            return after, codec.encode(self._values.read(at, parent.generation, slots), new)
+            if old is None:
+                old = self._values.read(at, parent.generation, slots)
+            return after, codec.encode(old, new)
 
         return self._append(
             Generation(

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from apollo.optim.changes import make_map
 from apollo.optim.projection import projection_seed
 from apollo.optim.rounding import ROUNDINGS, Rounding, rounding_seed
-from apollo.optim.routing import MODES, ROLES, Mode, Plan, Role, make_plan
+from apollo.optim.routing import MODES, ROLES, Mode, Role, make_plan
 from apollo.optim.update import Kernels, TorchKernels, Update, make_state
 
 SAMPLED_ELEMENTS = 1 << 14
@@ -71,7 +70,8 @@ class Apollo(torch.optim.Optimizer):
     weight_decay: decoupled; leaves vectors alone.
     rounding: of bfloat16 weights, see `rounding`; float32 weights are never rounded.
     role: a tensor's place in the model for `mode="scale"`, where its name does not say it.
-    notes_changes: keep a bit for each element that has changed, see `changes`.
+    changed: maps in which a bit is set for each element that has changed, by parameter; see
+        `changes`. Whoever has looked at one clears it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Apollo(torch.optim.Optimizer):
         role: Role = "auto",
         seed: int = 0,
         kernels: Kernels | None = None,
-        notes_changes: bool = False,
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
         settings: dict[str, Any] = {"lr": lr, "mode": mode, "betas": betas, "eps": eps}
         settings |= {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale}
@@ -100,9 +100,7 @@ class Apollo(torch.optim.Optimizer):
         settings |= {"rounding": rounding, "role": role, "seed": seed, "num_steps": 0}
         self._names: dict[Tensor, str] = {}
         self._kernels = kernels or TorchKernels()
-        self._notes_changes = notes_changes
-        self.changed: dict[str, Tensor] = {}
-        """Maps of what changed, by parameter, if they are kept; whoever has looked clears them."""
+        self.changed: Mapping[str, Tensor] = changed or {}
         self._measured: list[tuple[str, int, Tensor]] = []
         self._reports: dict[str, TensorReport] | None = {}
         self.is_stepping = False
@@ -184,16 +182,11 @@ class Apollo(torch.optim.Optimizer):
                 lr=float(group["lr"]),
                 projection_seed=projection_seed(group["seed"], name, refresh),
                 rounding_seed=rounding_seed(group["seed"], self.num_steps, name),
-                changed_io=self._map_of(name, plan, param.device),
+                changed_io=self.changed.get(name),
             )
         )
         changed = (sample != before).float().mean()
         self._measured.append((name, param.numel(), torch.cat((measured, changed[None]))))
-
-    def _map_of(self, name: str, plan: Plan, device: torch.device) -> Tensor | None:
-        if self._notes_changes and name not in self.changed:
-            self.changed[name] = make_map(plan.rows, plan.columns, device)
-        return self.changed.get(name)
 
     def end_step(self) -> None:
         """Close a step; does not wait for the device."""

@@ -94,10 +94,8 @@ class Mapping:
 
     def __init__(self, layout: WeightLayout, *, is_writable: bool) -> None:
         self._layout = layout
-        if layout.device == "cuda":
-            self._blocks = [cuda_ipc.open_block(block) for block in layout.blocks]
-        else:
-            self._blocks = [_open(block, is_writable) for block in layout.blocks]
+        device = layout.device
+        self._blocks = [open_block(each, device, is_writable=is_writable) for each in layout.blocks]
 
     def tensor(self, view: TensorView) -> torch.Tensor:
         """The live tensor that `view` describes; shape and stride are the view's."""
@@ -114,8 +112,22 @@ class Mapping:
         return {view.name: self.tensor(view) for view in self._layout}
 
 
-def _open(block: Block, is_writable: bool) -> torch.Tensor:
-    """A uint8 tensor over the file; safetensors and torch treat it like any other memory."""
+def make_block(size_bytes: int, path: Path, device: torch.device) -> tuple[torch.Tensor, Block]:
+    """Zeros, uint8, that other processes can open: on a CPU the new file `path`, as in `place`."""
+    if device.type == "cuda":
+        memory = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
+        return memory, cuda_ipc.export({path.name: memory})[0][0]
+    block = _create(path, size_bytes)
+    return torch.from_file(str(path), shared=True, size=size_bytes, dtype=torch.uint8), block
+
+
+def open_block(block: Block, device: str, *, is_writable: bool) -> torch.Tensor:
+    """A uint8 tensor over a block that another process has made; nothing hinders a write on CUDA.
+
+    Of a file, safetensors and torch treat it like any other memory.
+    """
+    if device == "cuda":
+        return cuda_ipc.open_block(block)
     descriptor = os.open(block.handle, os.O_RDWR if is_writable else os.O_RDONLY)
     try:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from apollo.optim.changes import Taken, put, take, words
+from apollo.optim.changes import Taken, make_map, put, take, words
 from apollo.optim.choose import choose_kernels
 from apollo.optim.optimizer import Apollo
 from apollo.optim.routing import matrix_shape
@@ -172,13 +172,16 @@ def main() -> None:
     size = sum(param.nbytes for param in weights.values())
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     frame.say(f"{where}: {size / 1e9:.3g} GB of weights, lr {options.lr:g}, weights of {STD} (std)")
+    maps = {
+        name: make_map(*matrix_shape(tuple(param.shape)), device) for name, param in weights.items()
+    }
     optimizers = {
         name: Apollo(
             weights.items(),
             options.lr,
             rank=min(options.rank, 1 + min(min(p.shape) for p in weights.values()) // 2),
             kernels=choose_kernels("auto", device),
-            notes_changes=name == "noting",
+            changed=maps if name == "noting" else None,
         )
         for name in ("plain", "noting")
     }
@@ -190,7 +193,7 @@ def main() -> None:
         name: param.detach().cpu().clone().view(matrix_shape(tuple(param.shape)))
         for name, param in weights.items()
     }
-    for changed_io in optimizer.changed.values():
+    for changed_io in maps.values():
         changed_io.zero_()
     rows = []
     for number in STEPS:
