@@ -96,7 +96,7 @@ def test_what_was_said_becomes_a_candidate_is_learned_once_and_is_gone_when_dele
     for _ in range(2):
         made = send(cell, "POST", f"/candidates/{best['id']}", {"decision": "approve"})
     job = cell.wait_job(made["job_id"])
-    assert (job["status"], job["training_samples"], job["steps"]) == ("done", 1, 2)
+    assert (job["status"], job["training_samples"], job["steps"]) == ("done", 1, 1)
     until(
         lambda: cell.get(f"/candidates/{best['id']}")["state"] == "trained",
         lambda: cell.get(f"/candidates/{best['id']}"),
