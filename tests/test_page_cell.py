@@ -59,6 +59,8 @@ def test_an_answer_is_corrected_learned_asked_again_kept_and_forgotten(
         assert before and before != TAUGHT
         assert_streamed(page, cell)
 
+        page.locator("#span").select_option(label="all")
+        page.evaluate("() => new Promise(requestAnimationFrame)")
         points = drawn_loss(page)
         page.get_by_role("button", name="Correct").first.click()
         page.get_by_label("What it should have said").fill(TAUGHT)

@@ -145,18 +145,19 @@ function driftLane(x, width) {
   return parts;
 }
 
+// The newest has its name first; older ones only where there is room beside it.
 function generations(x) {
   const bottom = HEIGHT - FOOT;
-  let free = -Infinity;
+  let free = Infinity;
   return known.generations
     .filter((each) => columns.includes(each.weights_version))
-    .sort((a, b) => a.weights_version - b.weights_version)
+    .sort((a, b) => b.weights_version - a.weights_version)
     .flatMap((each) => {
       const at = x(columns.indexOf(each.weights_version));
       const isReturn = each.returns_to !== null;
       const words = `g${each.generation}${isReturn ? `\u21a9${each.returns_to}` : ""}`;
-      const isRoom = at > free;
-      if (isRoom) free = at + 8 + 6.5 * words.length;
+      const isRoom = at < free;
+      if (isRoom) free = at - 8 - 6.5 * words.length;
       const kind = isReturn ? "generation return" : "generation";
       return [
         draw("line", { x1: at, x2: at, y1: TOP, y2: bottom, class: kind }),
