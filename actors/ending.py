@@ -66,6 +66,5 @@ def wait_or_kill(processes: list[psutil.Process]) -> None:
     for process in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(
-        stubborn, CHILD_EXIT_TIMEOUT_S
-    )  # The next trainer writes where one of them did.
+    # The next trainer writes where one of them did.
+    psutil.wait_procs(stubborn, CHILD_EXIT_TIMEOUT_S)

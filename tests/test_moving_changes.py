@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.errors import CheckpointFailed
+from actors.keeper import Keeper
 from actors.posted import RollbackRequest
 from apollo.journal.changed import ChangedWords
 from apollo.journal.disk import DiskFull, RealDisk
@@ -55,15 +56,14 @@ class Moved:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kinds: list[str] = []
-        for staging in (Staging, ChangedStaging):
-            copy = staging.copy
+        choose = Keeper._staging
 
-            def noted(of: Any, copy: Any = copy, kind: str = staging.__name__) -> None:
-                if kind == "ChangedStaging" or of._tensors:
-                    self.kinds.append({"Staging": "all"}.get(kind, "changed"))
-                copy(of)
+        def noted(keeper: Keeper) -> Staging | ChangedStaging:
+            chosen = choose(keeper)
+            self.kinds.append("all" if isinstance(chosen, Staging) else "changed")
+            return chosen
 
-            monkeypatch.setattr(staging, "copy", noted)
+        monkeypatch.setattr(Keeper, "_staging", noted)
 
     def last(self) -> str:
         (kind,), self.kinds = self.kinds, []

@@ -424,5 +424,8 @@ def test_status_metrics_and_documents_are_there(cell: RunningCell) -> None:
     assert {"/train", "/train/jobs/{job_id}", "/checkpoint", "/status", "/readyz"} <= set(paths)
     stages = [stage["name"] for stage in cell.get("/readyz")["stages"]]
     engines = ["weights", "layout", "engine"]
-    assert stages in (["model", *engines, "trainer", "ready"], ["model", "trainer", "ready"])
+    booted = [["model", *engines, "trainer", "ready"]]
+    if status["restarts"]:  # The last may have left the engine alone.
+        booted.append(["model", "trainer", "ready"])
+    assert stages in booted
     assert httpx.get(f"{cell.base}/healthz", timeout=30).text == "ok\n"

@@ -311,10 +311,14 @@ class Dreamer:
         rng = random.Random(dream.seed + len(rounds))
         is_stale = bool(rounds) and time.time() - (rounds[0].ended or 0) >= RETEST_S
         known = [progress for _, progress in self._store.behaviours()]
-        chosen = draw(known, rng, may_retest=bool(asked) or is_stale)
-        if name is not None:
-            chosen = next((p for b, p in self._store.behaviours() if b.name == name), None)
-        if chosen is None:  # All rest or were stopped, or it was deleted.
+        if name is None:
+            chosen = draw(known, rng, may_retest=bool(asked) or is_stale)
+        else:
+            chosen = next((each for each in known if each.name == name), None)
+        if chosen is None:
+            if asked:
+                why = "all are stopped" if name is None else f"{name!r} was deleted"
+                log.warning("a round that was asked for is not begun: %s", why)
             self._store.write_note("asked", asked[1:])
             return None
         begun = self._store.begin_round(chosen.name, temperature(chosen.failure_rate))

@@ -18,6 +18,7 @@ class ChangedWords:
     """A tensor of rows x columns of which all other words are as they were."""
 
     octets_io: NDArray[np.uint8]
+    """Not looked at where there are no words."""
     columns: int
     words: Words
 
@@ -29,8 +30,10 @@ class ChangedWords:
 
     def between(self, first: int, num: int) -> tuple[NDArray[np.intp], Words]:
         """Of `num` words from `first` on: positions among them, ascending, and their new words."""
+        if not len(self.words):
+            return np.zeros(0, np.intp), self.words
         row, last = first // self.columns, -(-(first + num) // self.columns)
-        if not len(self.words) or self._before[last] == self._before[row]:
+        if self._before[last] == self._before[row]:
             return np.zeros(0, np.intp), self.words[:0]
         octets = self.octets_io[row:last]
         flags = np.unpackbits(octets, axis=1, count=self.columns, bitorder="little").reshape(-1)

@@ -64,26 +64,17 @@ class ChangedStaging:
         """What to commit after the generation since which the maps note changes."""
         words = self._whole.words()
         for name in self._maps.frozen:
-            words[name] = _changed(self._tensors[name], None)
+            nothing = np.zeros(0, _UNSIGNED[self._tensors[name].itemsize])
+            words[name] = ChangedWords(np.zeros((0, 0), np.uint8), 1, nothing)
         for name, taken in self._taken.items():
-            words[name] = _changed(self._tensors[name], taken)
+            columns = _matrix(self._tensors[name]).shape[1]
+            octets_io = taken.changed_io.cpu().numpy()
+            words[name] = ChangedWords(octets_io, columns, _words_of(taken.values.cpu()))
         return words
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(matrix_shape(tuple(tensor.shape)))
-
-
-def _changed(tensor: torch.Tensor, taken: Taken | None) -> ChangedWords:
-    rows, columns = matrix_shape(tuple(tensor.shape))
-    if taken is None:
-        nothing = np.zeros(0, _UNSIGNED[tensor.itemsize])
-        # A view of one zero, however large the tensor is.
-        return ChangedWords(
-            np.broadcast_to(np.uint8(0), (rows, -(-columns // 8))), columns, nothing
-        )
-    octets_io = taken.changed_io.cpu().numpy()
-    return ChangedWords(octets_io, columns, _words_of(taken.values.cpu()))
 
 
 def _words_of(values: torch.Tensor) -> Words:

@@ -34,7 +34,11 @@ def note_changes(learner: Learner, layout: WeightLayout, path: Path, generation:
         learner.module.device,
         generation,
     )
-    learner.optimizer.changed = {each: made.maps[found[each]] for each in learned}
+    # A tied parameter has several names; the optimizer knows it by one of them.
+    name_of = learner.optimizer.name_of
+    learner.optimizer.changed = {
+        name_of(parameters[each]): made.maps[found[each]] for each in learned
+    }
     return made
 
 

@@ -26,9 +26,14 @@ class Taken(NamedTuple):
     changed_io: Tensor
 
 
+def map_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Of changed_io: rows and octets."""
+    return rows, -(-columns // PER_OCTET)
+
+
 def make_map(rows: int, columns: int, device: torch.device) -> Tensor:
     """uint8 changed_io with no bit set."""
-    return torch.zeros(rows, -(-columns // PER_OCTET), dtype=torch.uint8, device=device)
+    return torch.zeros(map_shape(rows, columns), dtype=torch.uint8, device=device)
 
 
 def words(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor
 
-from apollo.optim.changes import PER_OCTET
+from apollo.optim.changes import map_shape
 from apollo.weights.layout import Block, LayoutError
 from apollo.weights.memory import ALIGNMENT, make_block, open_block
 
@@ -48,9 +48,7 @@ class ChangeMaps:
         What an earlier trainer has left there is replaced.
         """
         path.unlink(missing_ok=True)
-        octets = {
-            name: (rows, -(-columns // PER_OCTET)) for name, (rows, columns) in shapes.items()
-        }
+        octets = {name: map_shape(*shape) for name, shape in shapes.items()}
         memory, block = make_block(_size_bytes(octets), path, device)
         described = {
             "format": FORMAT,

@@ -77,7 +77,7 @@ def _create(path: Path, size_bytes: int) -> Block:
         path.unlink()
         free = os.statvfs(path.parent)
         raise LayoutError(
-            f"weights: {size_bytes / 2**20:.0f} MiB of shared memory are needed but only "
+            f"{path.name}: {size_bytes / 2**20:.0f} MiB of shared memory are needed but only "
             f"{free.f_bavail * free.f_frsize / 2**20:.0f} MiB are free on {path.parent.parent} "
             f"({error.strerror}); in a container, raise --shm-size"
         ) from None

@@ -3,8 +3,8 @@
     .venv/bin/python -m experiments.gpu.changed_elements --device cuda --layers 4 --json FILE
     .venv/bin/python -m experiments.gpu.changed_elements --divide 16    # a CPU, as far as it goes
 
-Weights of the shapes of Qwen3.5-27B, random in bfloat16, as many layers of each kind as are asked
-for beside one `lm_head`; APOLLO with stochastic rounding and random gradients. Before the commits,
+Weights of the shapes of Qwen3.5-27B, random in bfloat16, as many of each as are asked for
+beside one `lm_head`; APOLLO with stochastic rounding and random gradients. Before the commits,
 steps take turns: with the map of changes and without it. Then after 1, 4 and 16 steps:
 
     all        every weight to pinned host memory, as the checkpoint actor does it
@@ -17,8 +17,7 @@ An element of a step changes with the probability of its size over the last plac
 the scale of the weights are what the shares depend on; both are said.
 """
 
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -32,17 +31,9 @@ from apollo.optim.choose import choose_kernels
 from apollo.optim.optimizer import Apollo
 from apollo.optim.routing import matrix_shape
 from experiments import frame
+from experiments.optimizer_bench import WORKLOADS, timed
 
-SHAPES: Final = {
-    "q_proj": (12288, 5120),
-    "k_proj": (1024, 5120),
-    "o_proj": (5120, 6144),
-    "in_proj_qkv": (10240, 5120),
-    "gate_proj": (17408, 5120),
-    "up_proj": (17408, 5120),
-    "down_proj": (5120, 17408),
-}
-HEAD: Final = (248320, 5120)
+HEAD: Final = "lm_head, embed_tokens"
 STD: Final = 0.02
 STEPS: Final = (1, 4, 16)
 REPEATS: Final = 5
@@ -50,8 +41,9 @@ REPEATS: Final = 5
 
 def make_weights(layers: int, divide: int, device: torch.device) -> dict[str, Parameter]:
     """Random, in bfloat16; each side a `divide`th of the real one."""
-    shapes = {f"{at}.{name}": shape for at in range(layers) for name, shape in SHAPES.items()}
-    shapes["lm_head"] = HEAD
+    known = WORKLOADS["Qwen3.5-27B, one of each shape"]
+    shapes = {f"{at}.{name}": known[name] for at in range(layers) for name in known if name != HEAD}
+    shapes["lm_head"] = known[HEAD]
     torch.manual_seed(0)
     return {
         name: Parameter(
@@ -59,20 +51,6 @@ def make_weights(layers: int, divide: int, device: torch.device) -> dict[str, Pa
         )
         for name, shape in shapes.items()
     }
-
-
-class Timer:
-    """Seconds of a call, with everything that it has begun on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else int
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        self._wait()
-        begun = time.perf_counter()
-        run()
-        self._wait()
-        return time.perf_counter() - begun
 
 
 def step(optimizer: Apollo, weights: dict[str, Parameter], seed: int) -> None:
@@ -86,24 +64,20 @@ def step(optimizer: Apollo, weights: dict[str, Parameter], seed: int) -> None:
 
 
 def cost_of_noting(
-    optimizers: dict[str, Apollo], weights: dict[str, Parameter], timed: Timer
+    optimizers: dict[str, Apollo], weights: dict[str, Parameter], device: torch.device
 ) -> dict[str, float]:
     """Median seconds of a step, with and without maps, by turns; gradients are in both."""
     seen: dict[str, list[float]] = {name: [] for name in optimizers}
     for number in range(REPEATS + 1):
         for name, optimizer in optimizers.items():
-            seconds = timed(
-                lambda optimizer=optimizer, number=number: step(  # type: ignore[misc]
-                    optimizer, weights, number
-                )
-            )
+            seconds = timed(partial(step, optimizer, weights, number), device)
             if number:  # The first one compiles.
                 seen[name].append(seconds)
     return {name: median(times) for name, times in seen.items()}
 
 
 def commit(
-    optimizer: Apollo, weights: dict[str, Parameter], host: dict[str, Tensor], timed: Timer
+    optimizer: Apollo, weights: dict[str, Parameter], host: dict[str, Tensor], device: torch.device
 ) -> dict[str, Any]:
     """Take what changed and bring `host` up to date with it, and copy all beside it."""
     live = {
@@ -111,21 +85,21 @@ def commit(
         for name, param in weights.items()
     }
     pinned = {n: torch.empty_like(host[n], pin_memory=v.is_cuda) for n, v in live.items()}
-    all_s = timed(lambda: [pinned[name].copy_(value) for name, value in live.items()])
+    all_s = timed(lambda: [pinned[name].copy_(value) for name, value in live.items()], device)
     taken: dict[str, Taken] = {}
 
     def take_all() -> None:
         for name, value in live.items():
             taken[name] = take(value, optimizer.changed[name])
 
-    stall_s = timed(take_all)
+    stall_s = timed(take_all, device)
     arrived: dict[str, Taken] = {}
 
     def fetch_all() -> None:
         for name, each in taken.items():
             arrived[name] = Taken(each.values.cpu(), each.changed_io.cpu())
 
-    fetch_s = timed(fetch_all)
+    fetch_s = timed(fetch_all, device)
     for name, each in arrived.items():
         put(host[name], each)
         if not torch.equal(words(host[name]), words(pinned[name])):
@@ -168,7 +142,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the summary here")
     options = frame.begin(parser)
     device = torch.device(options.device)
-    weights, timed = make_weights(options.layers, options.divide, device), Timer(device)
+    weights = make_weights(options.layers, options.divide, device)
     size = sum(param.nbytes for param in weights.values())
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     frame.say(f"{where}: {size / 1e9:.3g} GB of weights, lr {options.lr:g}, weights of {STD} (std)")
@@ -179,13 +153,13 @@ def main() -> None:
         name: Apollo(
             weights.items(),
             options.lr,
-            rank=min(options.rank, 1 + min(min(p.shape) for p in weights.values()) // 2),
+            rank=options.rank,
             kernels=choose_kernels("auto", device),
             changed=maps if name == "noting" else None,
         )
         for name in ("plain", "noting")
     }
-    cost = cost_of_noting(optimizers, weights, timed)
+    cost = cost_of_noting(optimizers, weights, device)
     ratio = cost["noting"] / cost["plain"]
     frame.say(f"a step: {cost['plain'] * 1e3:.1f} ms, with the map {ratio:.3f} times that")
     optimizer = optimizers["noting"]
@@ -199,7 +173,7 @@ def main() -> None:
     for number in STEPS:
         for at in range(number):
             step(optimizer, weights, 100 * number + at)
-        rows.append({"steps": number, **commit(optimizer, weights, host, timed)})
+        rows.append({"steps": number, **commit(optimizer, weights, host, device)})
         frame.say(f"{number} steps: {rows[-1]['changed_share']:.2%} changed, every bit agrees")
     print("\n" + table(rows), flush=True)
     frame.keep(options.json, options, {"device": where, "step_s": cost, "commits": rows})
