@@ -221,9 +221,8 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
         """Keep the weights as they are now; durable, and public if asked, when this answers."""
         with self._slots.one():
             posted = await self._body(request, CheckpointRequest)
-            limit = self._settings.cell.checkpoint_timeout_s
             async with self._act(request, "checkpoint", publish=posted.publish) as noted:
-                made = await self._ask("checkpoint", "commit", posted, timeout_s=limit)
+                made = await self._ask_after_trial("commit", posted)
                 noted.update(status=200, generation=made.generation)
             return JSONResponse(as_json(made))
 
@@ -268,9 +267,8 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
         """Undo what was learned of one sample, and never learn it again; all others stay."""
         with self._slots.one():
             posted = await self._body(request, ForgetRequest)
-            limit = self._settings.cell.checkpoint_timeout_s
             async with self._act(request, "forget", id=posted.item) as noted:
-                done = await self._ask("checkpoint", "forget", posted, timeout_s=limit)
+                done = await self._ask_after_trial("forget", posted)
                 noted.update(status=200, generation=done.generation)
             return JSONResponse(as_json(done))
 

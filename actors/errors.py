@@ -110,6 +110,10 @@ class Unavailable(ReverieError):
     retry_after_s = 5
 
 
+class OnTrial(Unavailable):
+    """The live weights hold a dream round that the gate has not judged yet."""
+
+
 class Unrecorded(Unavailable):
     """An act cannot be noted in the audit file, and so it was not done."""
 

@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from actors import logs
 from actors.calls import in_words
 from actors.distribution import NOTHING
-from actors.errors import CheckpointFailed, NotFound, ReverieError, Unavailable
+from actors.errors import CheckpointFailed, NotFound, OnTrial, ReverieError, Unavailable
 from actors.events import Events
 from actors.footprint import give_back
 from actors.messages import CellPaths, Checkpoint, CheckpointReport, Hold
@@ -39,13 +39,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S: Final = 30
-ON_TRIAL: Final = "what it taught is not kept before the gate has let it pass; try again later"
+ON_TRIAL: Final = (
+    "what it taught is not kept before the gate has let it pass; try again later, with more "
+    "wait_s, or DELETE /dream"
+)
 MAX_UNPUBLISHED: Final = 16
 """Generations after the public one: each makes the next commit a little slower."""
-
-
-class OnTrial(Unavailable):
-    """The live weights hold a dream round that has not passed the gate."""
 
 
 class Keeper:

@@ -112,7 +112,13 @@ class TrainRequest(_Posted):
     config: TrainConfig = TrainConfig()
 
 
-class CheckpointRequest(_Posted):
+class _AfterTrial(_Posted):
+    wait_s: float = Field(default=60, ge=0, le=600)
+    """How long to wait for the gate where a dream is on trial; after that, and with 0 at once, the
+    answer is 503."""
+
+
+class CheckpointRequest(_AfterTrial):
     """Body of `POST /checkpoint`."""
 
     publish: bool = True
@@ -163,7 +169,7 @@ class ScoreRequest(_Posted):
     """Roles whose messages are the instruction, as in `POST /train`."""
 
 
-class ForgetRequest(_Posted):
+class ForgetRequest(_AfterTrial):
     """Body of `POST /forget`."""
 
     item: str = Field(min_length=1, max_length=MAX_ID_CHARS)

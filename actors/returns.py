@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import ray
 
 from actors.calls import in_words
-from actors.errors import Conflict, NotFound
-from actors.keeper import Keeper, OnTrial
+from actors.errors import Conflict, NotFound, OnTrial
+from actors.keeper import Keeper
 from actors.messages import Checkpoint, Hold, Return, TakeBack
 from actors.past import Forgotten, Remembered, Removal
 from actors.posted import ForgetRequest, RollbackRequest
@@ -98,7 +98,7 @@ class Returns(Keeper):
             if hold.on_trial is not None and not is_dream:
                 raise OnTrial(
                     f"dream round {hold.on_trial} is on trial, and would be judged by weights that "
-                    "are not its own; try again when it has ended, or DELETE /dream"
+                    "are not its own; try again later, with more wait_s, or DELETE /dream"
                 )
             asked = self._trainer.remembered.remote(sample_ids, tuple(generations))
             found: Remembered = self._ask(asked)

@@ -23,8 +23,9 @@ from actors.calls import within
 from actors.cell import connect
 from actors.dream.exchange import Exchange
 from actors.ending import NAMESPACE
-from actors.errors import NotPermitted, ReverieError, Unavailable
+from actors.errors import NotPermitted, OnTrial, ReverieError, Unavailable
 from actors.messages import CellPaths, CellReport, CellState
+from actors.posted import CheckpointRequest, ForgetRequest
 from actors.settings import Settings
 from actors.traffic import Traffic
 from actors.versions import VersionCounter
@@ -44,6 +45,8 @@ from door.views import status_as_json
 
 POLL_INTERVAL_S: Final = 0.5
 POLL_TIMEOUT_S: Final = 5
+TRIAL_INTERVAL_S: Final = 1.0
+"""Between two looks whether a dream is still on trial."""
 
 Acting = AbstractAsyncContextManager[dict[str, Any]]
 T = TypeVar("T")
@@ -158,6 +161,21 @@ class Door:
             raise Unavailable(f"the {role} went away; it restarts by itself, try again") from None
         except TimeoutError:
             raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
+
+    async def _ask_after_trial(self, method: str, posted: CheckpointRequest | ForgetRequest) -> Any:
+        """As `_ask` of the checkpoint; again, for `wait_s` of it, while a dream is on trial.
+
+        Waits here and not in the actor, whose turn it is that takes a refused dream back.
+        """
+        limit, now = self._settings.cell.checkpoint_timeout_s, asyncio.get_running_loop().time
+        until = now() + posted.wait_s
+        while True:
+            try:
+                return await self._ask("checkpoint", method, posted, timeout_s=limit)
+            except OnTrial:
+                if (left := until - now()) <= 0:
+                    raise
+            await asyncio.sleep(min(left, TRIAL_INTERVAL_S))
 
     @cached_property
     def _latencies(self) -> Latencies:

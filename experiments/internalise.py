@@ -18,15 +18,14 @@ server as any client asks: 40 questions that nothing in the project's library ho
     false-fact   poison: thirty memories that all repeat one false fact, in view of the teacher
 
 A finished run is a line in `--out` and is not repeated. Until then, what it has reached is kept in
-a directory beside that file after each round, with its cell's home: an experiment that is killed,
-or ended by `--minutes`, goes on with the round it was at.
+a directory beside that file after each round, with its cell's home and the base model: an
+experiment that is killed, or ended by `--minutes`, goes on with the round it was at.
 """
 
 import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -309,17 +308,16 @@ def main() -> None:
     asked = [(variant, seed) for seed in options.seeds for variant in options.variants]
     left = [each for each in asked if each not in done]
     deadline = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory(prefix="reverie-internalise-") as home:
-        directory = adopt(options.model, Path(home), "float32", say).directory if left else None
-        for variant, seed in left:
-            assert directory is not None
-            place = Path(options.out).with_suffix("") / f"{variant}-{seed}"
-            made = run(directory, variant, seed, Story(place), deadline, say)
-            if made is None:
-                say(f"{variant}, seed {seed}, goes on where it is when this is called again")
-                break
-            finished.add(made)
-            shutil.rmtree(place)
+    beside = Path(options.out).with_suffix("")
+    for variant, seed in left:
+        # One place for all calls: a cell's home knows the base it was made from by its path.
+        directory = adopt(options.model, beside, "float32", say).directory
+        made = run(directory, variant, seed, Story(beside / f"{variant}-{seed}"), deadline, say)
+        if made is None:
+            say(f"{variant}, seed {seed}, goes on where it is when this is called again")
+            break
+        finished.add(made)
+        shutil.rmtree(beside / f"{variant}-{seed}")
     print(table(runs), stages(runs), sep="\n\n")
     if options.plot:
         draw(runs, options.plot)

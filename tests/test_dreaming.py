@@ -197,7 +197,7 @@ def kill_while_training(cell: RunningCell) -> None:
     while dreaming(cell).get("done", 0) < 3:
         time.sleep(0.1)
     assert cell.get("/status")["trainer"]["on_trial"] == "round-1"
-    refused = httpx.post(f"{cell.base}/checkpoint", json={}, timeout=60)
+    refused = httpx.post(f"{cell.base}/checkpoint", json={"wait_s": 0}, timeout=60)
     assert refused.status_code == 503 and "is on trial" in json.dumps(refused.json())
     os.kill(cell.get("/status")["dream"]["pid"], signal.SIGKILL)
     deadline = time.monotonic() + 60

@@ -1,0 +1,71 @@
+"""A commit, and what is to be forgotten, wait for the gate while a dream is on trial."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.errors import OnTrial
+from door import base
+from tests.open_door import OpenDoor, client, opened
+
+ROUTES = [("/checkpoint", {}), ("/forget", {"item": "a"})]
+
+
+class Trial:
+    """A gate that judges after so many looks."""
+
+    def __init__(self, door: OpenDoor, num_looks: float) -> None:
+        self.looks, self._num_looks = 0, num_looks
+        for name in ("commit", "forget"):
+            setattr(door.journal, name, self._after(getattr(door.journal, name)))
+
+    def _after(self, act: Any) -> Any:
+        def once_judged(request: Any) -> Any:
+            self.looks += 1
+            if self.looks <= self._num_looks:
+                raise OnTrial("dream round round-1 is on trial")
+            return act(request)
+
+        return once_judged
+
+
+@pytest.fixture
+async def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OpenDoor]:
+    monkeypatch.setattr(base, "TRIAL_INTERVAL_S", 0.01)
+    async with opened(tmp_path) as door:
+        sample = {"id": "a", "context": "The sky is", "continuation": " green."}
+        async with client() as http:
+            assert (await http.post("/train", json={"samples": [sample]})).status_code == 202
+        yield door
+
+
+@pytest.mark.parametrize(("route", "body"), ROUTES)
+async def test_it_is_done_once_the_dream_is_judged(
+    door: OpenDoor, route: str, body: dict[str, Any]
+) -> None:
+    trial = Trial(door, num_looks=3)
+    async with client() as http:
+        assert (await http.post(route, json=body)).status_code == 200
+    assert trial.looks == 4
+
+
+@pytest.mark.parametrize(("route", "body"), ROUTES)
+@pytest.mark.parametrize("wait_s", [0, 0.05])
+async def test_a_trial_that_lasts_longer_is_said_with_a_time_to_try_again(
+    door: OpenDoor, route: str, body: dict[str, Any], wait_s: float
+) -> None:
+    trial = Trial(door, num_looks=float("inf"))
+    async with client() as http:
+        answer = await http.post(route, json={**body, "wait_s": wait_s})
+    assert answer.status_code == 503 and answer.headers["retry-after"]
+    assert "on trial" in answer.json()["error"]["message"]
+    assert trial.looks > 1 if wait_s else trial.looks == 1
+
+
+@pytest.mark.parametrize("wait_s", [-1, 601, "long", None])
+async def test_a_wait_out_of_bounds_is_refused_by_name(door: OpenDoor, wait_s: Any) -> None:
+    async with client() as http:
+        answer = await http.post("/checkpoint", json={"wait_s": wait_s})
+    assert answer.status_code == 422 and "wait_s" in answer.text
