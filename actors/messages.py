@@ -195,6 +195,9 @@ class TrainerReport:
     """Of all steps since this trainer started."""
     learned_tokens: int = 0
     """Likewise: of continuations, as often as they were learned."""
+    last_parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of the newest step by what they were spent on: reading the context (`prefix`),
+    `forward`, `backward`, `optimizer`; on a GPU by its own clock."""
     samples: dict[SampleState, int] = field(default_factory=dict)
     """How many the ledger has in each state."""
     on_trial: str | None = None

@@ -1,6 +1,6 @@
 """What the training thread has done last, for the trainer's report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from actors.distribution import NOTHING, Distribution
@@ -18,6 +18,7 @@ class Progress:
     last_loss: float | None = None
     last_step_s: float | None = None
     last_rested_s: float | None = None
+    last_parts: dict[str, float] = field(default_factory=dict)
     last_update_rms: float | None = None
     last_changed: float | None = None
     last_limited: int | None = None
@@ -29,6 +30,7 @@ class Progress:
         """A step was made, and recorded."""
         self.steps, self.last_loss, self.last_step_s = steps, report.loss, seconds
         self.last_rested_s = report.rested_s
+        self.last_parts = {part: round(each, 4) for part, each in report.parts.items()}
         self.last_update_rms, self.last_changed = report.update_rms, report.changed
         self.last_limited, self.last_step_bytes = report.num_limited, report.peak_bytes
         self.step_seconds = self.step_seconds.plus(seconds)

@@ -1,12 +1,15 @@
 """One learning step on a small Llama with random weights."""
 
 import math
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from apollo.learning import stopwatch
 from apollo.learning.samples import Example, truncate
 from apollo.learning.step import Learner, NonFiniteLoss
 
@@ -168,6 +171,34 @@ def test_a_step_that_rests_gives_the_same_bits_and_says_how_long_it_stood(
         assert report.rested_s == sum(rests)
         assert len(rests) >= len(report.tensors) + 2, "after each tensor, and before each layer"
     assert bits_of(plain) == bits_of(resting)
+
+
+def test_a_step_says_what_its_time_went_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that goes on by one whenever it is read."""
+    ticks = count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr(stopwatch, "time", clock)
+    learner = Learner(small_llama(), rank=4)
+    long = Example((*range(12),), (6, 7, 8, 9))
+    report = learner.step(long, 1e-3)
+    num_tensors, num_layers = len(report.tensors), 2
+    assert report.parts == {
+        "prefix": 1 + num_layers,
+        "forward": 1 + num_layers,
+        "backward": 1 + 2 * num_tensors,
+        "optimizer": num_tensors + 1,
+        "rested": 2 * num_layers + num_tensors,
+    }
+    assert "prefix" not in learner.step(Example((1,), (6, 7, 8, 9)), 1e-3).parts
+    weight = learner.module.get_parameter("model.norm.weight")
+    with torch.no_grad():
+        kept = weight.clone()
+        weight.fill_(math.nan)
+    with pytest.raises(NonFiniteLoss):
+        learner.step(long, 1e-3)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert learner.step(long, 1e-3).parts == report.parts, "what was given up is not counted"
 
 
 def test_close_leaves_an_ordinary_module() -> None:

@@ -18,16 +18,18 @@ of memory that another process reads: they are written in place and never replac
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from apollo.learning.anchor import divergence
 from apollo.learning.budget import Memory, estimate_memory, measured_peak
 from apollo.learning.forward import check_prefix, let_checkpointing_read
 from apollo.learning.objective import Objective, loss_of
 from apollo.learning.samples import Example
+from apollo.learning.stopwatch import Part, Stopwatch
 from apollo.optim.choose import KernelChoice, choose_kernels
 from apollo.optim.optimizer import Apollo, TensorReport
 from apollo.optim.release import attach
@@ -56,6 +58,8 @@ class StepReport:
     """Most memory that it took beyond what was there before; None where nobody can say."""
     rested_s: float = 0.0
     """Time that `breathe` took of it."""
+    parts: Mapping[Part, float] = field(default_factory=dict)
+    """Seconds by what they were spent on, on the clock of the device."""
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -81,6 +85,10 @@ class StepReport:
     def applied(self) -> bool:
         """Whether any parameter was updated."""
         return len(self.skipped) < len(self.tensors)
+
+
+def _on_gradient(params: Iterable[Tensor], hook: Callable[[Tensor], None]) -> list[Any]:
+    return [param.register_post_accumulate_grad_hook(hook) for param in params]
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -119,14 +127,17 @@ class Learner:
         if checkpoint_layers:
             let_checkpointing_read(module)
         check_prefix(module)
-        self._release = attach(module, self.optimizer)
+        self._watch = Stopwatch(module.device)
         self._breathe, self._rested_s = breathe, 0.0
-        layers = getattr(module.get_decoder(), "layers", ())
-        self._handles = [
-            *(layer.register_forward_pre_hook(self._rest) for layer in layers),
-            # After the release's: it was attached before.
-            *(param.register_post_accumulate_grad_hook(self._rest) for _, param in trained),
-        ]
+        decoder, params = module.get_decoder(), [param for _, param in trained]
+        layers = getattr(decoder, "layers", ())
+        self._handles = [decoder.register_forward_pre_hook(self._read_or_learn)]
+        self._handles += [layer.register_forward_pre_hook(self._rest) for layer in layers]
+        # In the order in which a gradient goes through them.
+        self._handles += _on_gradient(params, lambda _: self._watch.mark("optimizer"))
+        self._release = attach(module, self.optimizer)
+        self._handles += _on_gradient(params, lambda _: self._watch.mark("backward"))
+        self._handles += _on_gradient(params, self._rest)
 
     def step(
         self,
@@ -148,6 +159,7 @@ class Learner:
         graph, and at least one. `before_writing` is called just before any weight may change.
         """
         begun, self._rested_s = time.monotonic(), 0.0
+        self._watch.read()  # Of a step that was given up, and of what was no step.
         with measured_peak(self.module.device) as peak:
             loss = loss_of(self.module, example, objective, grad_context)
             loss_value = loss.item()
@@ -157,14 +169,28 @@ class Learner:
             self._refuse(loss_value, time.monotonic() - begun - self._rested_s, deadline_s)
             before_writing()
             self._release.begin_step(learning_rate)
+            self._watch.mark("backward")
             loss.backward()
+            self._watch.mark("optimizer")
             self._release.end_step()
+            self._watch.mark(None)
         return StepReport(
-            loss_value, self.optimizer.reports, next(iter(peak), None), self._rested_s
+            loss_value,
+            self.optimizer.reports,
+            next(iter(peak), None),
+            self._rested_s,
+            self._watch.read(),
         )
 
     def _rest(self, *_: object) -> None:
+        part = self._watch.part
+        self._watch.mark("rested")
         self._rested_s += self._breathe()
+        self._watch.mark(part)
+
+    def _read_or_learn(self, decoder: torch.nn.Module, *_: object) -> None:
+        """A context is read in evaluation mode, see `read_prefix`."""
+        self._watch.mark("forward" if decoder.training else "prefix")
 
     def use_threads(self, num: int) -> None:
         """Compute the following steps of the calling thread with so many threads on a CPU."""
