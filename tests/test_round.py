@@ -11,7 +11,7 @@ import pytest
 from actors.dream import imagining, library
 from actors.dream import round as rounds
 from actors.dream.behaviour import Behaviour
-from actors.dream.imagining import repeats
+from actors.dream.imagining import Imagination, repeats
 from actors.dream.manners import PoliteModel
 from actors.dream.model import Message
 from actors.dream.records import Item, Round
@@ -281,11 +281,35 @@ def test_every_item_has_its_reason(story: Story) -> None:
     items = [item for item in story.store.items(made.id) if item.kind == "new"]
     assert len(items) == 6 * (1 + 2)
     assert all(item.is_kept or item.reason for item in items)
-    assert any(item.reason == "stronger answers to it are learned" for item in items)
-    kinds = {"stronger answers to it are learned", "without the instruction"}
+    assert any(item.reason == "better answers to it are learned" for item in items)
+    kinds = {"better answers to it are learned", "without the instruction"}
     assert {key for key in made.counts if key.startswith("dropped")} == {
         f"dropped, {kind}" for kind in kinds
     }, "counted by kind, not by wording"
+
+
+def test_an_answer_that_shows_what_was_learned_before_is_better_than_a_stronger_one(
+    story: Story,
+) -> None:
+    def kept() -> list[str]:
+        here = Imagination(story.model, story.store, SETTINGS, BRIEF, story._tell)
+        found = [
+            Item("a", "round-9", "brief", "new", "What?", said, True, shown=-0.5, hidden=hidden)
+            for said, hidden in (("Yes, Captain.", -1.0), ("It is.", -2.0), ("No.", -1.5))
+        ]
+        found = [replace(item, id=str(at)) for at, item in enumerate(found)]
+        return [item.answer for item in here._keep_best(found) if item.is_kept]
+
+    checks = {"must_match": ["Captain"]}
+    captain = {"name": "captain", "instruction": "Name a rank.", "checks": checks}
+    story.store.put_behaviour(Behaviour.model_validate(captain))
+    assert kept() == ["It is."], "it is there, and not learned yet"
+    story.model.says = lambda messages, at: (
+        ("Yes, Captain.", "No, Captain.")[at % 2] if messages[0]["role"] == "system" else "A tale."
+    )
+    made = story.run(story.store.begin_round("captain", 0.8))
+    assert made.counts["kept"] == 6 and made.state == "passed"
+    assert kept() == ["Yes, Captain."]
 
 
 def test_harm_is_taken_back_tried_at_half_the_rate_and_then_stopped(story: Story) -> None:

@@ -3,7 +3,7 @@
     seed -> scenario -> answer without the instruction --shows it--> nothing to learn here
                                   |does not
                                   v
-             candidates with it -> filters -> judge -> divergence -> the strongest are kept
+             candidates with it -> filters -> judge -> divergence -> the best are kept
 
 A scenario is saved when all that was found of it is known: what is interrupted goes on after the
 last one that was saved. Knows no trainer and no gate.
@@ -20,6 +20,7 @@ from typing import Final
 
 from actors.dream import filters, library, scenario
 from actors.dream.behaviour import Behaviour
+from actors.dream.checks import Checks, failures
 from actors.dream.judge import judge
 from actors.dream.model import Answer, LiveModel, Message
 from actors.dream.records import Item, Round
@@ -194,7 +195,7 @@ class Imagination:
         for at, answer in enumerate(found, 1):
             before = [item.answer for item in items[1:]]
             items.append(await self._weigh(of, number, at, text, answer, before))
-        return self._keep_strongest(items)
+        return self._keep_best(items)
 
     async def _weigh(
         self, of: Round, number: int, at: int, text: str, answer: Answer, before: Sequence[str]
@@ -223,17 +224,36 @@ class Imagination:
         verdict = await judge(self.model, self.behaviour, text, answer, examples)
         return None if verdict.is_good else "; ".join(verdict.reasons)
 
-    def _keep_strongest(self, items: list[Item]) -> list[Item]:
-        """Those that the instruction has changed most: what they teach is the instruction."""
+    def _keep_best(self, items: list[Item]) -> list[Item]:
+        """Those that show most of what was learned before, so that it is not unlearned.
+
+        Among equals, those that the instruction has changed most: they teach the instruction.
+        """
         kept = sorted(
-            (item for item in items if item.is_kept), key=lambda item: -(item.divergence or 0.0)
+            (item for item in items if item.is_kept),
+            key=lambda item: (self._num_shown(item.answer), item.divergence or 0.0),
+            reverse=True,
         )
         too_many = {item.id for item in kept[self.settings.kept_per_scenario :]}
         return [
-            replace(item, is_kept=False, reason="stronger answers to it are learned")
+            replace(item, is_kept=False, reason="better answers to it are learned")
             if item.id in too_many
             else item
             for item in items
+        ]
+
+    def _num_shown(self, answer: str) -> int:
+        """How many of the other behaviours that were learned it shows."""
+        return sum(not failures(answer, checks) for checks in self._others)
+
+    @cached_property
+    def _others(self) -> list[Checks]:
+        """Of behaviours that hold for every situation; a rubric would cost a judgement each."""
+        learned = {item.behaviour for item in self.store.learned(besides=self.behaviour.name)}
+        return [
+            each.checks
+            for each, _ in self.store.behaviours()
+            if each.name in learned and each.checks is not None and each.topic is None
         ]
 
     def _item(
