@@ -20,6 +20,8 @@ _FIELDS: Final = {
     "Shared_Hugetlb:": "shared",
 }
 _KIB: Final = 1024
+_MMAP_THRESHOLD: Final = -3  # malloc.h
+_LARGE_BYTES: Final = 2**20
 
 
 def by_role(reports: Mapping[str, Any]) -> dict[str, Footprint]:
@@ -47,6 +49,17 @@ def footprint(pids: Iterable[int]) -> Footprint | None:
             if name in _FIELDS:
                 sums[_FIELDS[name]] += int(rest[0]) * _KIB
     return Footprint(sums["private"], sums["shared"]) if is_any else None
+
+
+def map_large_blocks() -> None:
+    """From here on each large block is a mapping of its own, which ends when the block is freed.
+
+    Else glibc learns from the first of them to take them from its arenas, one for each thread, and
+    keeps up to 64 MB in the top of each. Does nothing with another C library.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def give_back() -> None:

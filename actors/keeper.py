@@ -22,7 +22,7 @@ from actors.calls import in_words
 from actors.distribution import NOTHING
 from actors.errors import CheckpointFailed, NotFound, OnTrial, ReverieError, Unavailable
 from actors.events import Events
-from actors.footprint import give_back
+from actors.footprint import give_back, map_large_blocks
 from actors.messages import CellPaths, Checkpoint, CheckpointReport, Hold
 from actors.settings import Settings
 from actors.versions import VersionCounter
@@ -54,6 +54,7 @@ class Keeper:
         self, settings: Settings, paths: CellPaths, trainer: "ActorProxy[Trainer]"
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(settings.journal.threads)
+        map_large_blocks()
         self._settings = settings
         self._paths = paths
         self._trainer = trainer

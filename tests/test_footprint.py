@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import threading
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from typing import Final
 
-from actors.footprint import footprint, give_back
+from actors.footprint import footprint, give_back, map_large_blocks
 
 MIB: Final = 2**20
 SIZE: Final = 48 * MIB
@@ -62,3 +63,38 @@ def test_what_was_freed_under_something_kept_is_given_back() -> None:
     before = own_bytes()
     give_back()
     assert before - own_bytes() > 50_000_000 and len(kept) == 100
+
+
+def free_in_threads(is_mapped: bool, pipe: Connection) -> None:
+    """Say what a process still has after its threads have freed large blocks."""
+    if is_mapped:
+        map_large_blocks()
+    before, all_hold = own_bytes(), threading.Barrier(8)
+
+    def run() -> None:
+        for _ in range(2):  # The first that is freed teaches glibc where to take the second from.
+            block = [bytearray(20 * MIB)]
+            all_hold.wait()
+            block.clear()
+            all_hold.wait()
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    give_back()
+    pipe.send(own_bytes() - before)
+
+
+def test_what_threads_have_freed_is_given_back_if_it_was_mapped() -> None:
+    context, kept = multiprocessing.get_context("spawn"), []
+    for is_mapped in (False, True):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=free_in_threads, args=(is_mapped, theirs))
+        child.start()
+        assert ours.poll(60)
+        kept.append(ours.recv())
+        child.join(30)
+    assert kept[0] > 40 * MIB, "glibc has kept nothing: it is not needed any more"
+    assert kept[1] < 10 * MIB
