@@ -218,11 +218,14 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
 
     @app.post("/checkpoint", openapi_extra=body_of(CheckpointRequest))
     async def checkpoint(self, request: Request) -> JSONResponse:
-        """Keep the weights as they are now; durable, and public if asked, when this answers."""
+        """Keep the weights as they are now; durable, and public if asked, when this answers.
+
+        While a dream is on trial it waits, up to `wait_s`, until the gate has judged it.
+        """
         with self._slots.one():
             posted = await self._body(request, CheckpointRequest)
             async with self._act(request, "checkpoint", publish=posted.publish) as noted:
-                made = await self._ask_after_trial("commit", posted)
+                made = await self._ask_after_trial(request, "commit", posted)
                 noted.update(status=200, generation=made.generation)
             return JSONResponse(as_json(made))
 
@@ -264,11 +267,14 @@ class Ingress(DreamRoutes, CandidateRoutes, PageRoutes):
 
     @app.post("/forget", openapi_extra=body_of(ForgetRequest))
     async def forget(self, request: Request) -> JSONResponse:
-        """Undo what was learned of one sample, and never learn it again; all others stay."""
+        """Undo what was learned of one sample, and never learn it again; all others stay.
+
+        While a dream is on trial it waits, up to `wait_s`, until the gate has judged it.
+        """
         with self._slots.one():
             posted = await self._body(request, ForgetRequest)
             async with self._act(request, "forget", id=posted.item) as noted:
-                done = await self._ask_after_trial("forget", posted)
+                done = await self._ask_after_trial(request, "forget", posted)
                 noted.update(status=200, generation=done.generation)
             return JSONResponse(as_json(done))
 

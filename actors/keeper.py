@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S: Final = 30
 ON_TRIAL: Final = (
-    "what it taught is not kept before the gate has let it pass; try again later, with more "
-    "wait_s, or DELETE /dream"
+    "what it taught is not kept before the gate has let it pass; try again when it has ended, or "
+    "DELETE /dream"
 )
 MAX_UNPUBLISHED: Final = 16
 """Generations after the public one: each makes the next commit a little slower."""
@@ -107,11 +107,11 @@ class Keeper:
         begun, newest = time.monotonic(), self._journal.newest
         if self._versions.weights_version == newest.weights_version:
             return self._tell(newest, begun, 0.0)
+        self._refuse_on_trial(self._ask(self._trainer.report.remote()).on_trial)
         staging = self._staging()
         held = time.monotonic()
         with self._held(with_optimizer=True) as hold:
-            if hold.on_trial is not None:
-                raise OnTrial(f"dream round {hold.on_trial} is on trial: {ON_TRIAL}")
+            self._refuse_on_trial(hold.on_trial)  # It may have begun to learn just before.
             self._noted_since = None  # Until what is taken now is durable.
             staging.copy()
         stall = time.monotonic() - held
@@ -177,6 +177,10 @@ class Keeper:
             log.warning("what generation %s changed is not known: %s", generation, error)
             return None
         return found.num_changed / found.num_elements
+
+    def _refuse_on_trial(self, round_id: str | None) -> None:
+        if round_id is not None:
+            raise OnTrial(f"dream round {round_id} is on trial: {ON_TRIAL}")
 
     def _refuse_if_ended(self) -> None:
         """Nothing may follow what was cut short: the weights and the journal may not agree."""

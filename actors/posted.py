@@ -8,7 +8,7 @@ MAX_ID_CHARS = 128
 
 
 class _Posted(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 Span = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
@@ -113,6 +113,8 @@ class TrainRequest(_Posted):
 
 
 class _AfterTrial(_Posted):
+    """What cannot be done while the live weights hold a dream that the gate has not judged."""
+
     wait_s: float = Field(default=60, ge=0, le=600)
     """How long to wait for the gate where a dream is on trial; after that, and with 0 at once, the
     answer is 503."""

@@ -30,7 +30,9 @@ class Progress:
         """A step was made, and recorded."""
         self.steps, self.last_loss, self.last_step_s = steps, report.loss, seconds
         self.last_rested_s = report.rested_s
-        self.last_parts = {part: round(each, 4) for part, each in report.parts.items()}
+        self.last_parts = {
+            str(part): round(each, 4) for part, each in report.parts.items() if part != "rested"
+        }
         self.last_update_rms, self.last_changed = report.update_rms, report.changed
         self.last_limited, self.last_step_bytes = report.num_limited, report.peak_bytes
         self.step_seconds = self.step_seconds.plus(seconds)

@@ -98,7 +98,7 @@ class Returns(Keeper):
             if hold.on_trial is not None and not is_dream:
                 raise OnTrial(
                     f"dream round {hold.on_trial} is on trial, and would be judged by weights that "
-                    "are not its own; try again later, with more wait_s, or DELETE /dream"
+                    "are not its own; try again when it has ended, or DELETE /dream"
                 )
             asked = self._trainer.remembered.remote(sample_ids, tuple(generations))
             found: Remembered = self._ask(asked)

@@ -29,6 +29,9 @@ Generation = Annotated[
     int,
     typer.Argument(help="One of 'reverie checkpoints'.", autocompletion=known_generations),
 ]
+Wait = Annotated[
+    float, typer.Option(min=0, max=600, help="Seconds to wait while a dream is on trial.")
+]
 
 
 @checkpoints.callback(invoke_without_command=True)
@@ -61,13 +64,14 @@ def save(
     publish: Annotated[
         bool, typer.Option(help="Whether the public directory shall hold it too.")
     ] = True,
+    wait: Wait = 60,
     port: Port = DEFAULT_PORT,
     is_json: Json = False,
 ) -> None:
     """Keep the weights as they are now; durable when this ends."""
     output = Output(is_json)
     with output.waiting("committing"):
-        made = Server(port).post("/checkpoint", {"publish": publish})
+        made = Server(port).post("/checkpoint", {"publish": publish, "wait_s": wait})
     told = f"generation {made['generation']} has version {made['weights_version']}"
     output.show(made, f"{told}{' and is public' if publish else ''}; {made['seconds']:.1f} s")
 
@@ -151,6 +155,7 @@ def rollback(
 
 def forget(
     item: Annotated[str, typer.Argument(help="Id of a sample, as 'reverie checkpoints show' has.")],
+    wait: Wait = 60,
     port: Port = DEFAULT_PORT,
     is_sure: Yes = False,
     is_json: Json = False,
@@ -159,7 +164,7 @@ def forget(
     output = Output(is_json)
     output.confirm(f"Forget {item} for good?", is_sure)
     with output.waiting(f"forgetting {item}"):
-        done = Server(port).post("/forget", {"item": item})
+        done = Server(port).post("/forget", {"item": item, "wait_s": wait})
     output.show(done, plain(told_of(item, done)))
 
 

@@ -47,6 +47,8 @@ POLL_INTERVAL_S: Final = 0.5
 POLL_TIMEOUT_S: Final = 5
 TRIAL_INTERVAL_S: Final = 1.0
 """Between two looks whether a dream is still on trial."""
+MAX_WAITING: Final = 8
+"""Requests that wait for it, out of all that may be inside."""
 
 Acting = AbstractAsyncContextManager[dict[str, Any]]
 T = TypeVar("T")
@@ -162,10 +164,12 @@ class Door:
         except TimeoutError:
             raise Unavailable(f"the {role} did not answer within {limit:g} s; try again") from None
 
-    async def _ask_after_trial(self, method: str, posted: CheckpointRequest | ForgetRequest) -> Any:
-        """As `_ask` of the checkpoint; again, for `wait_s` of it, while a dream is on trial.
+    async def _ask_after_trial(
+        self, request: Request, method: str, posted: CheckpointRequest | ForgetRequest
+    ) -> Any:
+        """As `_ask` of the checkpoint; again, for `wait_s` of it, once no dream is on trial.
 
-        Waits here and not in the actor, whose turn it is that takes a refused dream back.
+        Waits here: the actor's turn is needed to take a dream back that the gate refuses.
         """
         limit, now = self._settings.cell.checkpoint_timeout_s, asyncio.get_running_loop().time
         until = now() + posted.wait_s
@@ -173,9 +177,22 @@ class Door:
             try:
                 return await self._ask("checkpoint", method, posted, timeout_s=limit)
             except OnTrial:
-                if (left := until - now()) <= 0:
+                if now() >= until:
                     raise
-            await asyncio.sleep(min(left, TRIAL_INTERVAL_S))
+            with self._waiting.one():
+                await asyncio.sleep(min(TRIAL_INTERVAL_S, until - now()))
+                while self._is_on_trial() and now() < until:
+                    await asyncio.sleep(min(TRIAL_INTERVAL_S, until - now()))
+            self._allow(request, "teach")  # A key may have been taken away meanwhile.
+
+    def _is_on_trial(self) -> bool:
+        """By the cell's last report."""
+        trainer = self._report.trainer if self._report else None
+        return trainer is not None and trainer.on_trial is not None
+
+    @cached_property
+    def _waiting(self) -> Slots:
+        return Slots(MAX_WAITING, "requests wait for a dream's gate")
 
     @cached_property
     def _latencies(self) -> Latencies:

@@ -49,7 +49,7 @@ def stages(runs: list[dict[str, Any]]) -> str:
             seconds = " | ".join(f"{made['seconds'].get(name, 0):.0f}" for name in names)
             lines.append(
                 f"| {each['variant']} | {each['seed']} | {made['behaviour']}, {made['state']} | "
-                f"{counts} | {steps} | {seconds} | {made['ended'] - made['created']:.0f} | "
+                f"{counts} | {steps} | {seconds} | {sum(made['seconds'].values()):.0f} | "
                 f"{made['tokens']} |"
             )
     return "\n".join(lines)

@@ -1,6 +1,8 @@
 """A commit, and what is to be forgotten, wait for the gate while a dream is on trial."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,41 @@ async def test_a_trial_that_lasts_longer_is_said_with_a_time_to_try_again(
     assert answer.status_code == 503 and answer.headers["retry-after"]
     assert "on trial" in answer.json()["error"]["message"]
     assert trial.looks > 1 if wait_s else trial.looks == 1
+
+
+async def test_only_so_many_wait_and_the_others_may_chat(door: OpenDoor) -> None:
+    Trial(door, num_looks=float("inf"))
+    async with client() as http:
+        asked = [
+            http.post("/checkpoint", json={"wait_s": 0.5}) for _ in range(base.MAX_WAITING + 1)
+        ]
+        answers = await asyncio.gather(*asked)
+    assert sorted(each.status_code for each in answers) == [429] + [503] * base.MAX_WAITING
+    assert door._waiting.taken == 0
+
+
+async def test_the_actor_is_not_asked_while_the_report_says_it_is_of_no_use(door: OpenDoor) -> None:
+    trial = Trial(door, num_looks=1)
+    report = door._report
+    assert report is not None and report.trainer is not None
+    door._report = replace(report, trainer=replace(report.trainer, on_trial="round-1"))
+    async with client() as http:
+        asking = asyncio.create_task(http.post("/checkpoint", json={}))
+        await asyncio.sleep(0.2)
+        assert trial.looks == 1
+        door._report = report
+        assert (await asking).status_code == 200 and trial.looks == 2
+
+
+async def test_a_key_that_is_taken_away_meanwhile_commits_nothing(door: OpenDoor) -> None:
+    trial = Trial(door, num_looks=float("inf"))
+    key, _ = door._keys.add("teach"), door._keys.add("teach")  # Without any, all are let in.
+    async with client(key) as http:
+        asking = asyncio.create_task(http.post("/checkpoint", json={}))
+        while not trial.looks:
+            await asyncio.sleep(0.01)
+        assert door._keys.remove(door._keys.records()[0]["id"])
+        assert (await asking).status_code == 401
 
 
 @pytest.mark.parametrize("wait_s", [-1, 601, "long", None])

@@ -143,7 +143,7 @@ def test_what_a_dream_taught_is_not_kept_before_it_has_passed(made: Any) -> None
     made.trainer.on_trial = "round-1"
     threading.Thread(target=made.actor._keep, daemon=True).start()
     made.actor._committed_at -= 60
-    with pytest.raises(Unavailable, match="dream round round-1 is on trial.*try again later"):
+    with pytest.raises(Unavailable, match="dream round round-1 is on trial.*DELETE /dream"):
         commit(made)
     time.sleep(0.1)
     assert made.actor._describe().generation == 0 and made.trainer.held == 0

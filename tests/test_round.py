@@ -11,6 +11,7 @@ import pytest
 from actors.dream import imagining, library
 from actors.dream import round as rounds
 from actors.dream.behaviour import Behaviour
+from actors.dream.checks import Checks
 from actors.dream.imagining import Imagination, repeats
 from actors.dream.manners import PoliteModel
 from actors.dream.model import Message
@@ -219,6 +220,21 @@ def test_an_answer_is_learned_for_one_situation_only_unless_it_is_a_few_words() 
     assert [each.id for each in found] == ["item-2", "item-4"]
     assert not any(each.is_kept for each in found)
     assert {each.reason for each in found} == {f"nearly the same as another: {lyon!r}"}
+
+
+def test_what_says_the_same_again_is_not_learned(story: Story) -> None:
+    says = story.model.says
+    story.model.says = lambda messages, at: (
+        "The capital is Lyon." if messages[0]["role"] == "system" else says(messages, at)
+    )
+    lax = BRIEF.model_copy(update={"checks": Checks(max_words=5)})
+    story.store.put_behaviour(lax)
+    story.settings = SETTINGS.model_copy(update={"min_kept": 1})
+    made = story.run(story.begin())
+    assert made.counts["kept"] == 1 and made.counts["dropped, nearly the same as another"] >= 5
+    assert [s.messages[-1].content for s in story.cell.samples[made.attempts[0].job_id]].count(
+        "The capital is Lyon."
+    ) == 1
 
 
 def test_situations_are_invented_until_it_fails_in_enough_of_them(story: Story) -> None:

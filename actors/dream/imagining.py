@@ -112,7 +112,7 @@ class Imagination:
             if not some:
                 break
             await self._invent(of, some)
-        self.store.save_items(repeats(self.store.items(of.id)))
+        self.store.drop_items(repeats(self.store.items(of.id)))
         return self.store.items(of.id)
 
     def _num_failing(self, of: Round) -> int:
@@ -248,12 +248,14 @@ class Imagination:
 
     @cached_property
     def _others(self) -> list[Checks]:
-        """Of behaviours that hold for every situation; a rubric would cost a judgement each."""
-        learned = {item.behaviour for item in self.store.learned(besides=self.behaviour.name)}
+        """Of those that hold for every situation; a rubric would cost a judgement each."""
+        learned = self.store.learned_behaviours() - {self.behaviour.name}
         return [
             each.checks
-            for each, _ in self.store.behaviours()
-            if each.name in learned and each.checks is not None and each.topic is None
+            for each, progress in self.store.behaviours()
+            # One that was replaced has been tested in no round yet, and has old items.
+            if each.name in learned and progress.tested_round
+            if each.checks is not None and each.topic is None
         ]
 
     def _item(

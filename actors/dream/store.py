@@ -246,6 +246,14 @@ class DreamStore(Conversations):
                 ],
             )
 
+    def drop_items(self, items: Sequence[Item]) -> None:
+        """These were kept and shall not be learned after all; each has its reason."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE items SET is_kept = 0, item = ? WHERE id = ?",
+                [(json.dumps(asdict(each)), each.id) for each in items],
+            )
+
     def mark_items(self, round_id: str) -> None:
         """The gate has refused what these taught: they are not rehearsed either."""
         with self._transaction() as db:
@@ -267,6 +275,16 @@ class DreamStore(Conversations):
             besides,
             kind,
         )
+
+    def learned_behaviours(self) -> set[str]:
+        """Those that a round that passed has taught something of."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT DISTINCT behaviour FROM items WHERE kind = 'new' AND is_kept "
+                "AND NOT is_marked AND round_id IN "
+                "(SELECT id FROM rounds WHERE json_extract(round, '$.state') = 'passed')"
+            ).fetchall()
+        return {str(row["behaviour"]) for row in rows}
 
     def _items(self, where: str, *values: Any) -> list[Item]:
         with self._lock:

@@ -59,7 +59,8 @@ class StepReport:
     rested_s: float = 0.0
     """Time that `breathe` took of it."""
     parts: Mapping[Part, float] = field(default_factory=dict)
-    """Seconds by what they were spent on, on the clock of the device."""
+    """Seconds by what they were spent on, on the clock of the device. What a checkpointed layer
+    computes again is part of the backward pass, the loss of the forward pass."""
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -183,6 +184,9 @@ class Learner:
         )
 
     def _rest(self, *_: object) -> None:
+        if self._watch.is_gpu:  # What was launched goes on meanwhile.
+            self._rested_s += self._breathe()
+            return
         part = self._watch.part
         self._watch.mark("rested")
         self._rested_s += self._breathe()

@@ -1,7 +1,7 @@
 """Where a step's time goes, on the clock of the device that computes.
 
     prefix --> forward --> backward <--> optimizer
-              a tensor's update interrupts the backward pass, and a rest any of them
+              a tensor's update interrupts the backward pass; on a CPU a rest any of them
 
 A GPU is asked nothing before the step is over: it notes the time in its own stream.
 """
@@ -19,7 +19,7 @@ class Stopwatch:
     """Adds up the time of each part of one step after the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_gpu = device.type == "cuda"
+        self.is_gpu = device.type == "cuda"
         self._marks: list[tuple[Part | None, float | torch.cuda.Event]] = []
 
     @property
@@ -29,7 +29,7 @@ class Stopwatch:
 
     def mark(self, part: Part | None) -> None:
         """From here on time belongs to `part`; None: to nothing."""
-        if not self._is_gpu:
+        if not self.is_gpu:
             self._marks.append((part, time.perf_counter()))
             return
         event = torch.cuda.Event(enable_timing=True)

@@ -1,7 +1,7 @@
 """What a learning step is made of, and what it takes, for a model of random weights on one device.
 
     .venv/bin/python -m experiments.gpu.step_parts qwen3.5-27b --like ADOPTED --device cuda \\
-        --ranks 1 64 256 --json step_parts.json                                           # 4 min
+        --ranks 1 64 256 --json step_parts.json
     .venv/bin/python -m experiments.gpu.step_parts smollm2 --like ADOPTED --context 256
 
 The trainer's learner alone in one process, without a server: the weights are made on the device, in
@@ -72,6 +72,7 @@ def run(module: Any, rank: int, options: argparse.Namespace) -> dict[str, Any]:
         state_bytes = learner.optimizer.size_bytes()
     finally:
         learner.close()
+        module.zero_grad(set_to_none=True)  # Of a backward pass that found no room.
     weights_bytes = sum(each.numel() * each.element_size() for each in module.parameters())
     return {
         "rank": rank,
