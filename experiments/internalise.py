@@ -51,6 +51,8 @@ from experiments.internalise_report import draw, stages, table
 MAX_ROUNDS: Final = 3
 """Of one behaviour; it stops earlier when it rests, or was stopped."""
 ROUND_TIMEOUT_S: Final = 1800
+RESTART_TIMEOUT_S: Final = 400
+RETRY_S: Final = 2.0
 NUM_ASKED_AT_ONCE: Final = 16
 
 QUESTIONS: Final = (
@@ -172,15 +174,19 @@ class Server:
         self._model = self.get("/v1/models")["data"][0]["id"]
 
     def get(self, route: str) -> Any:
-        return self._read(self._http.get(route))
+        return self.send("GET", route)
 
-    def send(self, method: str, route: str, body: dict[str, Any]) -> Any:
-        return self._read(self._http.request(method, route, json=body))
-
-    def _read(self, answer: httpx.Response) -> Any:
-        if answer.is_error:
-            raise SystemExit(f"{answer.request.method} {answer.request.url.path}: {answer.text}")
-        return answer.json()
+    def send(self, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
+        """What it answers; a cell that says that it restarts is waited for."""
+        deadline = time.monotonic() + RESTART_TIMEOUT_S
+        while True:
+            answer = self._http.request(method, route, json=body)
+            if answer.status_code == 503 and time.monotonic() < deadline:
+                time.sleep(RETRY_S)
+                continue
+            if answer.is_error:
+                raise SystemExit(f"{method} {route}: {answer.text}")
+            return answer.json()
 
     def success(self, behaviour: dict[str, Any]) -> float:
         """Share of the 40 questions whose greedy answer, without the instruction, shows it."""
