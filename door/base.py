@@ -182,6 +182,7 @@ class Door:
             with self._waiting.one():
                 await asyncio.sleep(min(TRIAL_INTERVAL_S, until - now()))
                 while self._is_on_trial() and now() < until:
+                    self._ready()  # A stop, or a restart, ends the wait.
                     await asyncio.sleep(min(TRIAL_INTERVAL_S, until - now()))
             self._allow(request, "teach")  # A key may have been taken away meanwhile.
 

@@ -90,6 +90,19 @@ async def test_the_actor_is_not_asked_while_the_report_says_it_is_of_no_use(door
         assert (await asking).status_code == 200 and trial.looks == 2
 
 
+async def test_a_stop_ends_the_wait(door: OpenDoor) -> None:
+    trial, report = Trial(door, num_looks=float("inf")), door._report
+    assert report is not None and report.trainer is not None
+    door._report = replace(report, trainer=replace(report.trainer, on_trial="round-1"))
+    async with client() as http:
+        asking = asyncio.create_task(http.post("/checkpoint", json={"wait_s": 600}))
+        while not trial.looks:
+            await asyncio.sleep(0.01)
+        door._report = replace(door._report, state="stopping")
+        answer = await asyncio.wait_for(asking, 30)
+    assert answer.status_code == 503 and trial.looks == 1
+
+
 async def test_a_key_that_is_taken_away_meanwhile_commits_nothing(door: OpenDoor) -> None:
     trial = Trial(door, num_looks=float("inf"))
     key, _ = door._keys.add("teach"), door._keys.add("teach")  # Without any, all are let in.

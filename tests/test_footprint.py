@@ -91,7 +91,7 @@ def test_what_threads_have_freed_is_given_back_if_it_was_mapped() -> None:
     context, kept = multiprocessing.get_context("spawn"), []
     for is_mapped in (False, True):
         ours, theirs = context.Pipe()
-        child = context.Process(target=free_in_threads, args=(is_mapped, theirs))
+        child = context.Process(target=free_in_threads, args=(is_mapped, theirs), daemon=True)
         child.start()
         assert ours.poll(60)
         kept.append(ours.recv())

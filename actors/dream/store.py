@@ -74,6 +74,13 @@ class Usage:
     seconds: float = 0.0
 
 
+_LEARNED: Final = (
+    "is_kept AND NOT is_marked AND round_id IN "
+    "(SELECT id FROM rounds WHERE json_extract(round, '$.state') = 'passed')"
+)
+"""Of an item: a round that passed has taught it."""
+
+
 class DreamStore(Conversations):
     """Every method that changes something is one transaction, on disk when it returns."""
 
@@ -269,20 +276,13 @@ class DreamStore(Conversations):
 
     def learned(self, besides: str, kind: ItemKind = "new") -> list[Item]:
         """What rounds that passed have taught of other behaviours than `besides`."""
-        return self._items(
-            "behaviour != ? AND kind = ? AND is_kept AND NOT is_marked AND round_id IN "
-            "(SELECT id FROM rounds WHERE json_extract(round, '$.state') = 'passed')",
-            besides,
-            kind,
-        )
+        return self._items(f"behaviour != ? AND kind = ? AND {_LEARNED}", besides, kind)
 
     def learned_behaviours(self) -> set[str]:
         """Those that a round that passed has taught something of."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT DISTINCT behaviour FROM items WHERE kind = 'new' AND is_kept "
-                "AND NOT is_marked AND round_id IN "
-                "(SELECT id FROM rounds WHERE json_extract(round, '$.state') = 'passed')"
+                f"SELECT DISTINCT behaviour FROM items WHERE kind = 'new' AND {_LEARNED}"
             ).fetchall()
         return {str(row["behaviour"]) for row in rows}
 
